@@ -1,0 +1,215 @@
+"""What a network of given widths costs: MACs, parameters and activation memory, without building it.
+
+Every count is a sum of products of dimensions, and every dimension a linear form of the widths: a polynomial
+that is recorded once, in the trace. One candidate or a million are then a few matrix products.
+
+MACs are the multiply-adds of convolutions, linear layers and attention, for the example input (one image).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+
+from archsearch.graph import STAYS, ChannelGraph
+from archsearch.rules import Factor
+
+Floats: TypeAlias = npt.NDArray[np.float64]
+
+EXACT = 2**53
+"""Up to here float64 holds every integer, so that BLAS counts exactly."""
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """An integer polynomial of the widths.
+
+    With ``f = (1, w_1, …, w_G)`` its value is ``f Q f`` plus the sum of ``factor * (u f)(v f)(t f) …`` over
+    ``higher``, the rare terms in which three or more widths meet.
+    """
+
+    quadratic: Floats
+    higher: tuple[tuple[int, tuple[Floats, ...]], ...] = ()
+
+    def __call__(self, widths: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """Return the values at ``widths``, ``(..., G) -> (...)``."""
+        f = _with_one(widths)
+        value = ((f @ self.quadratic) * f).sum(-1)
+        for factor, forms in self.higher:
+            value = value + factor * np.prod([f @ form for form in forms], axis=0)
+        if np.max(value, initial=0) >= EXACT:
+            raise OverflowError("a count above 2^53 is not exact")
+        rounded: npt.NDArray[np.int64] = np.rint(value).astype(np.int64)
+        return rounded
+
+    @classmethod
+    def of(cls, terms: Iterable[tuple[int, tuple[Floats, ...]]], groups: int) -> Polynomial:
+        """Sum terms, each a factor times linear forms ``(1 + groups,)``."""
+        linear = np.zeros(1 + groups)
+        lefts, rights, higher = [], [], []
+        for factor, forms in terms:
+            varying = [form for form in forms if form[1:].any()]
+            for form in forms:
+                if not form[1:].any():
+                    factor *= int(form[0])
+            if not varying:
+                linear[0] += factor
+            elif len(varying) == 1:
+                linear += factor * varying[0]
+            elif len(varying) == 2:
+                lefts.append(factor * varying[0])
+                rights.append(varying[1])
+            else:
+                higher.append((factor, tuple(varying)))
+        quadratic = np.stack(lefts).T @ np.stack(rights) if lefts else np.zeros((1 + groups,) * 2)
+        quadratic[0] += linear
+        return cls(quadratic, tuple(higher))
+
+
+def _with_one(widths: npt.ArrayLike) -> Floats:
+    w = np.asarray(widths, dtype=np.float64)
+    return np.concatenate([np.ones((*w.shape[:-1], 1)), w], axis=-1)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one network costs.
+
+    Attributes:
+        macs: Multiply-adds of convolutions, linear layers and attention for the example input.
+        params: Trainable parameters, shared ones once.
+        peak_activation_bytes: Largest sum of the tensors that ops have made and that are still to be read,
+            in an eval forward of the example input; the input and the parameters are not counted.
+        published_flops: FLOPs as Liu et al. (ICLR 2019, released code) count them: 2 per multiply-add, plus
+            biases, 2 per element of a 2-D batch norm, 1 of a ReLU, and the window of a pooling per output.
+    """
+
+    macs: int
+    params: int
+    peak_activation_bytes: int
+    published_flops: int
+
+
+class CostModel:
+    """The costs of a network as functions of its widths.
+
+    Args:
+        model: The traced model.
+        graph: Its channel groups.
+
+    Attributes:
+        names: The groups, in the order of the columns of every ``(..., G)`` array of widths.
+        sizes: Their sizes in the reference, ``(G,)``.
+    """
+
+    def __init__(self, model: nn.Module, graph: ChannelGraph) -> None:
+        self.names: tuple[str, ...] = tuple(graph.groups)
+        self.sizes = np.array([group.size for group in graph.groups.values()], dtype=np.int64)
+        self._graph = graph
+        self._tally = graph.trace.tally
+        self._group_of_unit = np.repeat(np.arange(1, 1 + len(self.names)), self.sizes)
+        self._known: dict[int, Floats] = {}
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+    @cached_property
+    def params(self) -> Polynomial:
+        """Parameters."""
+        dims = self._graph.units
+        return Polynomial.of(
+            (
+                (1, tuple(self._form_of_units(dims[name, dim]) for dim, size in enumerate(shape) if size > 1))
+                for name, shape in self._shapes.items()
+            ),
+            len(self.names),
+        )
+
+    @cached_property
+    def macs(self) -> Polynomial:
+        """Multiply-adds."""
+        return self._polynomial(self._tally.macs)
+
+    @cached_property
+    def published_flops(self) -> Polynomial:
+        """FLOPs as Liu et al. count them."""
+        return self._polynomial(self._tally.published)
+
+    def array(self, widths: Mapping[str, int]) -> npt.NDArray[np.int64]:
+        """Return widths by group as ``(G,)``."""
+        return np.array([widths[name] for name in self.names], dtype=np.int64)
+
+    def mapping(self, widths: npt.ArrayLike) -> dict[str, int]:
+        """Return widths ``(G,)`` by group."""
+        return dict(zip(self.names, np.asarray(widths).tolist(), strict=True))
+
+    def of(self, widths: Mapping[str, int]) -> Cost:
+        """Return what a network of these widths costs."""
+        w = self.array(widths)
+        peak = int(self.peak_activation_bytes(w))
+        return Cost(int(self.macs(w)), int(self.params(w)), peak, int(self.published_flops(w)))
+
+    @property
+    def reference(self) -> Cost:
+        """What the reference model costs."""
+        return self.of(self.mapping(self.sizes))
+
+    def peak_activation_bytes(self, widths: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """Return the peak activation memory at ``widths``, ``(..., G) -> (...)``; see ``Cost``."""
+        living, tensors = self._activations
+        if not tensors:
+            return np.zeros(np.shape(widths)[:-1], dtype=np.int64)
+        sizes = np.stack([tensor(widths) for tensor in tensors], axis=-1).astype(np.float64)
+        peak: npt.NDArray[np.int64] = np.rint((sizes @ living).max(-1)).astype(np.int64)
+        return peak
+
+    def macs_by_layer(self, widths: Mapping[str, int]) -> list[int]:
+        """Return the MACs of each convolution, linear layer and attention product, in execution order."""
+        w = self.array(widths)
+        return [int(self._polynomial([term])(w)) for term in self._tally.macs]
+
+    @cached_property
+    def _activations(self) -> tuple[Floats, list[Polynomial]]:
+        """How many tensors of each size live at each op, ``(sizes, ops)``, and the polynomial of each size."""
+        trace = self._graph.trace
+        rows: dict[tuple[object, ...], int] = {}
+        terms: list[tuple[int, tuple[Factor, ...]]] = []
+        living: list[Floats] = []
+        for activation in trace.activations:
+            labels = activation.labels
+            fixed = activation.itemsize
+            for dim, size in enumerate(activation.shape):
+                fixed *= 1 if dim in labels else size
+            key = (fixed, *sorted(map(id, labels.values())))
+            if key not in rows:
+                rows[key] = len(terms)
+                terms.append((fixed, tuple(labels.values())))
+                living.append(np.zeros(len(trace.ops) + 1))
+            living[rows[key]][activation.born : activation.last_read + 1] += 1
+        return np.array(living), [self._polynomial([term]) for term in terms]
+
+    def _polynomial(self, terms: Iterable[tuple[int, Sequence[Factor]]]) -> Polynomial:
+        return Polynomial.of(
+            ((factor, tuple(self._form(dim) for dim in dims)) for factor, dims in terms), len(self.names)
+        )
+
+    def _form(self, dim: Factor) -> Floats:
+        """Return the size of a dimension as a linear form of the widths, ``(1 + G,)``."""
+        if isinstance(dim, int):
+            form = np.zeros(1 + len(self.names))
+            form[0] = dim
+            return form
+        if id(dim) not in self._known:  # the trace keeps the arrays alive
+            self._known[id(dim)] = self._form_of_units(self._graph.unit_of_atom[dim])
+        return self._known[id(dim)]
+
+    def _form_of_units(self, units: npt.NDArray[np.int64]) -> Floats:
+        staying = units == STAYS
+        form = np.bincount(self._group_of_unit[units[~staying]], minlength=1 + len(self.names)).astype(float)
+        form[1:] /= self.sizes
+        form[0] = np.count_nonzero(staying)
+        return form

@@ -1,0 +1,269 @@
+"""One run of a network with labels beside its tensors.
+
+The network runs once on an example input, under a dispatch mode that sees every ATen op and applies its
+rule. Nothing of the network is changed: parameters, buffers, modes and the random state are as before.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from archsearch.errors import ArchsearchError
+from archsearch.labels import DimLabels, Labels
+from archsearch.rules import Call, Mix, Tally, find_rule, op_name
+
+
+@dataclass
+class Activation:
+    """A tensor that an op allocates: when it is made and last read, and how large it is.
+
+    ``born`` and ``last_read`` are op numbers; an output of the network lives to the end.
+    """
+
+    born: int
+    last_read: int
+    itemsize: int
+    shape: tuple[int, ...]
+    labels: DimLabels
+
+
+Line: TypeAlias = "tuple[str, int]"
+"""A line of the model's own code: file and number."""
+
+
+@dataclass
+class Op:
+    """One executed op: its name, the line of model code behind it, and the labels around it."""
+
+    name: str
+    line: Line | None
+    inputs: list[DimLabels]
+    outputs: list[tuple[tuple[int, ...], DimLabels]]
+
+
+@dataclass
+class Trace:
+    """What one run tells: labels and ties, costs, activations, and the ops that nobody has a rule for."""
+
+    labels: Labels
+    tally: Tally = field(default_factory=Tally)
+    mixes: dict[int, Mix] = field(default_factory=dict)
+    activations: list[Activation] = field(default_factory=list)
+    ops: list[Op] = field(default_factory=list)
+    unknown_ops: dict[str, str] = field(default_factory=dict)
+    touched: set[int] = field(default_factory=set)
+    output_shapes: list[tuple[int, ...]] = field(default_factory=list)
+
+
+class OpMode(TorchDispatchMode):
+    """See every ATen op of a run, without the second or two that importing the compiler costs."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would wrap __torch_dispatch__, and import torch._dynamo at the first op
+
+
+class _Tracer(OpMode):
+    """Apply the rule of each op; an op without one freezes what it touches."""
+
+    def __init__(self, trace: Trace, counts: bool) -> None:
+        super().__init__()
+        self._trace = trace
+        self._counts = counts
+        self._living: dict[int, Activation] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        trace, name = self._trace, op_name(func)
+        tally = trace.tally if self._counts else Tally()
+        call = Call(func, name, args, kwargs, result, trace.labels, tally)
+        inputs = call.tensors
+        trace.touched.update(map(id, inputs))
+        apply = find_rule(func, name)
+        if apply is None:
+            if any(map(trace.labels.of, inputs)):
+                self._give_up(call, "there is no rule for it")
+        else:
+            try:
+                apply(call)
+            except Exception as error:  # a rule that fails must never make a wrong network
+                self._give_up(call, f"its rule failed: {type(error).__name__}: {error}")
+        if any(map(trace.labels.is_activation, inputs)):
+            for tensor in call.outputs:
+                trace.labels.note_activation(tensor)
+        if self._counts:
+            for mix in call.mixes:
+                trace.mixes[len(trace.ops)] = mix
+            self._note_activations(call, inputs)
+            trace.ops.append(
+                Op(
+                    name,
+                    code_line(sys._getframe(1)),
+                    [labels for labels in map(trace.labels.of, inputs) if labels],
+                    [(tuple(tensor.shape), trace.labels.of(tensor)) for tensor in call.outputs],
+                )
+            )
+        return result
+
+    def _give_up(self, call: Call, why: str) -> None:
+        self._trace.unknown_ops[call.name] = why
+        self._trace.labels.freeze_all(call.tensors, f"{call.name}: {why}")
+
+    def _note_activations(self, call: Call, inputs: list[torch.Tensor]) -> None:
+        step = len(self._trace.ops)
+        read = {tensor.untyped_storage()._cdata for tensor in inputs}
+        for storage in read & self._living.keys():
+            self._living[storage].last_read = step
+        for tensor in call.outputs:
+            storage = tensor.untyped_storage()._cdata
+            if storage not in read:  # neither a view nor in place: a new allocation
+                labels = self._trace.labels.of(tensor)
+                made = Activation(step, step, tensor.element_size(), tuple(tensor.shape), labels)
+                self._living[storage] = made
+                self._trace.activations.append(made)
+
+    def outlive(self, outputs: list[torch.Tensor]) -> None:
+        """Keep the network's outputs to the end."""
+        for tensor in outputs:
+            storage = tensor.untyped_storage()._cdata
+            if storage in self._living:
+                self._living[storage].last_read = len(self._trace.ops)
+
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_HERE = os.path.dirname(__file__) + os.sep
+
+
+def code_line(frame: FrameType | None) -> Line | None:
+    """Return the innermost line of a stack that is neither torch's nor ours."""
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith((_TORCH, _HERE, "<")):
+            return name, frame.f_lineno
+        frame = frame.f_back
+    return None
+
+
+def failing_line(error: BaseException) -> Line | None:
+    """Return the innermost line of model code that an error passed."""
+    found, step = None, error.__traceback__
+    while step is not None:
+        name = step.tb_frame.f_code.co_filename
+        if not name.startswith((_TORCH, _HERE, "<")):
+            found = name, step.tb_lineno
+        step = step.tb_next
+    return found
+
+
+def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return parameters and buffers by name; one that several modules share comes once."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def call_model(model: nn.Module, example: Any) -> Any:
+    """Call a model with one tensor, a tuple of positional or a mapping of named arguments."""
+    if isinstance(example, Mapping):
+        return model(**example)
+    return model(*example) if isinstance(example, (tuple, list)) else model(example)
+
+
+def output_tensors(outputs: Any) -> list[torch.Tensor]:
+    """Return the tensors in a model's outputs, also those of plain objects with tensor attributes."""
+    found = []
+    for leaf in pytree.tree_leaves(outputs):
+        if isinstance(leaf, torch.Tensor):
+            found.append(leaf)
+        elif hasattr(leaf, "__dict__"):
+            found.extend(value for value in vars(leaf).values() if isinstance(value, torch.Tensor))
+    return found
+
+
+@contextmanager
+def untouched(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Run a model in one mode without gradients, and leave it exactly as it was.
+
+    Fused attention is off, since one op would hide what it contracts.
+    """
+    modes = {module: module.training for module in model.modules()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    devices = {tensor.device for tensor in model_tensors(model).values() if tensor.device.type == "cuda"}
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.random.fork_rng(devices=sorted(devices, key=str)), torch.no_grad():
+            model.train(training)
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module, mode in modes.items():
+            module.training = mode
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name in buffers and buffer.device.type != "meta" and not torch.equal(buffer, buffers[name]):
+                    buffer.copy_(buffers[name])
+
+
+def trace_model(model: nn.Module, example: Any) -> Trace:
+    """Run ``model`` on ``example`` and return what its ops tell.
+
+    The run is in eval mode. Parts that only training uses (auxiliary classifiers) are found by a second run
+    in train mode, on the example repeated to a batch of two.
+
+    Args:
+        model: Any network, on any device; left exactly as it was.
+        example: A tensor ``(N, ...)``, or the positional (tuple) or named (mapping) arguments of the model.
+
+    Raises:
+        ArchsearchError: If the model fails on the example, or returns no tensor.
+    """
+    trace = Trace(Labels(model_tensors(model)))
+    _run(model, example, trace, training=False)
+    parameters = list(model.parameters())
+    if any(id(parameter) not in trace.touched for parameter in parameters):
+        try:
+            _run(model, _twice(example), trace, training=True)
+        except ArchsearchError:
+            pass  # what training alone uses then stays as it is: nothing ties it, nothing produces it
+    return trace
+
+
+def _run(model: nn.Module, example: Any, trace: Trace, *, training: bool) -> None:
+    tracer = _Tracer(trace, counts=not training)
+    for tensor in output_tensors(example):
+        trace.labels.note_activation(tensor)
+    with untouched(model, training=training):
+        try:
+            with tracer:
+                outputs = output_tensors(call_model(model, example))
+        except Exception as error:
+            shapes = [tuple(t.shape) for t in output_tensors(example)]
+            raise ArchsearchError(
+                f"the model fails on an example input of shape {shapes}: {type(error).__name__}: {error}"
+            ) from error
+        if not outputs:
+            raise ArchsearchError("the model returns no tensor, so that nothing tells what it computes")
+        trace.labels.freeze_all(outputs, "an output of the network")
+        if not training:
+            tracer.outlive(outputs)
+            trace.output_shapes = [tuple(tensor.shape) for tensor in outputs]
+
+
+def _twice(example: Any) -> Any:
+    def double(leaf: Any) -> Any:
+        return torch.cat([leaf, leaf]) if isinstance(leaf, torch.Tensor) and leaf.dim() else leaf
+
+    return pytree.tree_map(double, example)

@@ -1,0 +1,290 @@
+"""Proof, not hope: a shrunken network computes what the reference computes without the dropped channels.
+
+``verify`` compares the two numerically. ``rehearse`` finds groups that cannot be removed because the
+model's Python code holds a size as a constant, and freezes them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from archsearch.graph import STAYS, ChannelGraph, Selection
+from archsearch.grouping import freeze_groups
+from archsearch.labels import DimLabels
+from archsearch.rules import Mix, op_name
+from archsearch.surgery import mask, shrink
+from archsearch.tracing import OpMode, call_model, failing_line, model_tensors, output_tensors, untouched
+
+TOLERANCE = 1e-5
+"""Largest ``max |a - b| / max |b|`` between a shrunken network and the masked reference, in float32."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How a shrunken network compares with its masked reference.
+
+    Attributes:
+        error: ``max |a - b| / max |b|`` over all outputs; infinite where shapes differ or it does not run.
+        problem: What went wrong, or an empty string.
+        over_kept: Ops, such as LayerNorm, whose statistics the reference took over the kept channels.
+    """
+
+    error: float
+    problem: str = ""
+    over_kept: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether the network is right."""
+        return not self.problem
+
+
+def verify(
+    model: nn.Module, graph: ChannelGraph, selection: Selection, example: Any, *, seed: int = 0
+) -> Verification:
+    """Compare the shrunken network with the reference whose dropped units are zero.
+
+    Both run in eval mode on a copy whose norms, shifts and constant weights are randomised first, so that a
+    fresh network (zero shifts, unit scales, a zeroed classifier) hides nothing.
+
+    Args:
+        model: The traced model; not changed.
+        graph: Its channel groups.
+        selection: The kept units of each group.
+        example: The example input of the trace.
+        seed: Of the random statistics.
+    """
+    reference = randomised(model, seed)
+    large = mask(reference, graph, selection)
+    small = shrink(reference, graph, selection)
+    with untouched(small, training=False):
+        try:
+            actual = output_tensors(call_model(small, example))
+        except Exception as error:
+            return Verification(float("inf"), f"does not run: {type(error).__name__}: {error}")
+    replay = _OverKept(graph, selection)
+    with untouched(large, training=False), replay:
+        expected = output_tensors(call_model(large, example))
+    if replay.lost:
+        return Verification(float("inf"), "the masked reference ran other ops than the trace")
+    if [a.shape for a in actual] != [b.shape for b in expected]:
+        return Verification(float("inf"), "has outputs of other shapes than the reference")
+    errors = [
+        float((a - b).abs().max() / b.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
+        for a, b in zip(actual, expected, strict=True)
+        if a.is_floating_point() and a.numel()
+    ]
+    error = max(errors, default=0.0)
+    problem = "" if error < TOLERANCE else f"differs from the masked reference by {error:.1e}"
+    return Verification(error, problem, tuple(sorted(replay.over_kept)))
+
+
+def randomised(model: nn.Module, seed: int) -> nn.Module:
+    """Return a copy with random norm scales, shifts and statistics, and no parameter constant."""
+    changed = copy.deepcopy(model)
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in model_tensors(changed).items():
+            if not tensor.is_floating_point() or tensor.numel() < 2:
+                continue
+            if tensor.dim() == 1 or (isinstance(tensor, nn.Parameter) and tensor.min() == tensor.max()):
+                value = torch.rand(tensor.shape, generator=draw)
+                centred = name.endswith(("bias", "running_mean"))
+                tensor.copy_(value - 0.5 if centred else value + 0.5)
+    return changed
+
+
+class _OverKept(OpMode):
+    """Run the masked reference, computing ops that read a whole channel dimension over the kept channels."""
+
+    def __init__(self, graph: ChannelGraph, selection: Selection) -> None:
+        super().__init__()
+        self._graph = graph
+        self._kept = graph.kept_units(selection)
+        self._step = 0
+        self.over_kept: set[str] = set()
+        self.lost = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        trace, step = self._graph.trace, self._step
+        self._step += 1
+        mix = trace.mixes.get(step)
+        if step >= len(trace.ops) or trace.ops[step].name != op_name(func):
+            self.lost = True
+        elif mix is not None:
+            return self._run(mix, func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+    def _run(self, mix: Mix, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        narrowed = list(args)
+        restored: list[tuple[int, torch.Tensor, int]] = []
+        for position, dims in mix.dims.items():
+            for dim, atoms in dims.items():
+                kept = self._kept[self._graph.unit_of_atom[atoms]]
+                if kept.all():
+                    continue
+                indices = torch.from_numpy(np.flatnonzero(kept))
+                full = narrowed[position].shape[dim]
+                narrowed[position] = narrowed[position].index_select(dim, indices)
+                restored.append((dim, indices, full))
+                _narrow_norm(mix.op, narrowed, indices)
+        if not restored:
+            return func(*args, **kwargs)
+        self.over_kept.add(mix.op)
+        result = func(*narrowed, **kwargs)
+        first = result[0] if isinstance(result, (tuple, list)) else result
+        for dim, indices, full in restored if mix.op in _KEEPS_SHAPE else ():
+            shape = list(first.shape)
+            shape[dim] = full
+            first = first.new_zeros(shape).index_copy(dim, indices, first)
+        return (first, *result[1:]) if isinstance(result, (tuple, list)) else first
+
+
+_KEEPS_SHAPE = {
+    "aten::native_layer_norm", "aten::native_group_norm", "aten::_fused_rms_norm",
+    "aten::_softmax", "aten::_safe_softmax", "aten::_log_softmax",
+}  # fmt: skip
+
+
+def _narrow_norm(op: str, args: list[Any], indices: torch.Tensor) -> None:
+    """Fit the other arguments of a norm to its narrowed input; one normalised dimension is labelled."""
+    if op in ("aten::native_layer_norm", "aten::_fused_rms_norm"):
+        args[1] = [len(indices)]
+        args[2:4] = [a[indices] if isinstance(a, torch.Tensor) else a for a in args[2:4]]
+    elif op == "aten::native_group_norm":
+        args[1:3] = [a[indices] if isinstance(a, torch.Tensor) else a for a in args[1:3]]
+        args[4] = len(indices)
+
+
+def rehearse(model: nn.Module, graph: ChannelGraph, example: Any, *, seed: int = 0) -> ChannelGraph:
+    """Remove random units of all groups together and run; freeze groups until the network runs.
+
+    The shape of every op's result is compared with what the labels predict. Where one differs, or the model
+    raises, the line of model code holds a size as a constant: the groups that reach it, from any of its
+    calls, are frozen with that line as the reason.
+
+    Args:
+        model: The traced model; not changed.
+        graph: Its channel groups.
+        example: The example input of the trace.
+        seed: Of the random units.
+
+    Returns:
+        The graph, with all groups that rehearsal proved wrong frozen.
+    """
+    while graph.groups:
+        fault = _Rehearsal(graph, random_selection(graph, seed)).fault_of(model, example)
+        if fault is None:
+            return graph
+        guilty = _groups_at(graph, fault.step, fault.line) or set(graph.groups)
+        where = f" at {fault.line[0].rpartition('/')[2]}:{fault.line[1]}" if fault.line else ""
+        graph = freeze_groups(graph, guilty, f"the model's code needs its size{where}: {fault.message}")
+    return graph
+
+
+def random_selection(graph: ChannelGraph, seed: int, keep: float | None = None) -> Selection:
+    """Keep random units of each group.
+
+    Args:
+        graph: The channel groups.
+        seed: Of the choice.
+        keep: Share of each group that stays, at least one unit; by default a random one of ``[0.3, 0.7]``.
+    """
+    draw = np.random.default_rng(seed)
+    selection = {}
+    for name, group in graph.groups.items():
+        share = draw.uniform(0.3, 0.7) if keep is None else keep
+        width = min(group.size, max(1, round(group.size * share)))
+        selection[name] = np.sort(draw.choice(group.size, width, replace=False))
+    return selection
+
+
+@dataclass
+class _Fault:
+    """The op at which a rehearsal went wrong, and the line of code that called it."""
+
+    step: int
+    line: tuple[str, int] | None
+    message: str
+
+
+class _WrongShapeError(Exception):
+    pass
+
+
+class _Rehearsal(OpMode):
+    """Run a shrunken network and compare each result's shape with the one that the labels predict."""
+
+    def __init__(self, graph: ChannelGraph, selection: Selection) -> None:
+        super().__init__()
+        self._graph, self._selection = graph, selection
+        self._kept = graph.kept_units(selection)
+        self._step = 0
+
+    def fault_of(self, model: nn.Module, example: Any) -> _Fault | None:
+        """Return what goes wrong, if anything."""
+        small = shrink(model, self._graph, self._selection)
+        ops = self._graph.trace.ops
+        with untouched(small, training=False):
+            try:
+                with self:
+                    call_model(small, example)
+            except _WrongShapeError as error:
+                return _Fault(self._step, ops[self._step].line, str(error))
+            except Exception as error:
+                step = min(self._step, len(ops) - 1)
+                message = f"{type(error).__name__}: {error}".splitlines()[0]
+                return _Fault(step, failing_line(error), message)
+        return None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        ops = self._graph.trace.ops
+        if self._step >= len(ops) or ops[self._step].name != op_name(func):
+            self._step = min(self._step, len(ops) - 1)
+            raise _WrongShapeError("other ops run")
+        for tensor, (shape, labels) in zip(output_tensors(result), ops[self._step].outputs, strict=True):
+            expected = list(shape)
+            for dim, atoms in labels.items():
+                expected[dim] = int(self._kept[self._graph.unit_of_atom[atoms]].sum())
+            if list(tensor.shape) != expected:
+                raise _WrongShapeError(f"{op_name(func)} gives {list(tensor.shape)}, not {expected}")
+        self._step += 1
+        return result
+
+
+def _groups_at(graph: ChannelGraph, step: int, line: tuple[str, int] | None) -> set[str]:
+    """Return the groups that reach a line of code, or else the nearest op before each of its calls."""
+    ops = graph.trace.ops
+    calls = [number for number, op in enumerate(ops) if op.line == line] if line else []
+    calls = calls or [step]
+    found = {group for call in calls for group in _groups_in(graph, ops[call].inputs)}
+    if found:
+        return found
+    for call in calls:
+        for earlier in range(call, -1, -1):
+            groups = _groups_in(graph, ops[earlier].inputs)
+            if groups:
+                found |= groups
+                break
+    return found
+
+
+def _groups_in(graph: ChannelGraph, labels: Iterable[DimLabels]) -> set[str]:
+    units: set[int] = set()
+    for dims in labels:
+        for atoms in dims.values():
+            units.update(np.unique(graph.unit_of_atom[atoms]).tolist())
+    units.discard(STAYS)
+    return {graph.group_of_unit[unit] for unit in units}
