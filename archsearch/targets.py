@@ -1,0 +1,68 @@
+"""Targets: how small a network must become, as a share that stays or as an absolute limit."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal, TypeAlias
+
+from archsearch.errors import UsageError
+
+Resource: TypeAlias = Literal["flops", "params", "memory"]
+
+_MULTIPLES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_PATTERN = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(%|[KMGT]?)B?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A limit on one resource: MACs (``flops``), parameters, or bytes of peak activation memory.
+
+    Attributes:
+        resource: What is limited.
+        keep: Share of the reference that may stay, in ``(0, 1]``; ``None`` if the limit is absolute.
+        absolute: The limit itself; ``None`` if it is a share.
+    """
+
+    resource: Resource
+    keep: Fraction | None = None
+    absolute: int | None = None
+
+    @classmethod
+    def parse(cls, resource: Resource, text: str | float) -> Target:
+        """Read ``0.5`` or ``50%`` as a share that stays, ``60M`` or ``60000000`` as an absolute limit.
+
+        Raises:
+            UsageError: If the text is neither, or not above zero.
+        """
+        match = _PATTERN.fullmatch(str(text).strip())
+        if not match:
+            raise UsageError(
+                f"--{resource} {text}: give the share that stays, such as 0.5 or 50%, or a limit such as 60M"
+            )
+        number, unit = Fraction(match[1]), match[2].upper()
+        if number <= 0:
+            raise UsageError(f"--{resource} {text}: a target is above zero")
+        if unit == "%" or (not unit and number <= 1):
+            keep = number / 100 if unit == "%" else number
+            if keep > 1:
+                raise UsageError(f"--{resource} {text}: at most 100% of the reference can stay")
+            return cls(resource, keep=keep)
+        if not unit and number.denominator != 1:
+            raise UsageError(
+                f"--{resource} {text}: a share that stays is at most 1; an absolute limit is a whole number "
+                "or has a unit, such as 60M"
+            )
+        return cls(resource, absolute=int(number * _MULTIPLES[unit]))
+
+    def limit(self, reference: int) -> int:
+        """Return the largest count that meets the target, given the reference's."""
+        if self.keep is not None:
+            return int(self.keep * reference)
+        assert self.absolute is not None, "a target is a share or absolute"
+        return min(self.absolute, reference)
+
+    def __str__(self) -> str:
+        amount = self.absolute if self.keep is None else float(self.keep)
+        return f"{self.resource} {amount:g}" if isinstance(amount, float) else f"{self.resource} {amount:,}"
