@@ -12,15 +12,17 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from archsearch.cost import CostModel, Polynomial
+from archsearch.cost import CostModel
 from archsearch.errors import InfeasibleError
-from archsearch.graph import ChannelGraph
 from archsearch.registry import Registry
 from archsearch.space import Widths
 from archsearch.targets import Resource, Target
 
 Scores: TypeAlias = Mapping[str, npt.NDArray[np.float64]]
 """What each unit of each group is worth, ``(size,)``; larger is kept."""
+
+Count: TypeAlias = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int64]]
+"""A cost of widths, ``(..., G) -> (...)``."""
 
 Allocation: TypeAlias = Callable[[Scores], Scores]
 """Turns scores into the priorities of keeping the best 1, 2, … units of each group, falling, ``(size,)``."""
@@ -53,7 +55,6 @@ def select(scores: Scores, widths: Mapping[str, int]) -> dict[str, Widths]:
 
 def solve(
     cost: CostModel,
-    graph: ChannelGraph,
     priorities: Scores,
     allowed: Mapping[str, Widths],
     targets: Sequence[Target],
@@ -65,7 +66,6 @@ def solve(
 
     Args:
         cost: The costs as functions of the widths.
-        graph: The channel groups.
         priorities: Of the best 1, 2, … units of each group, falling, ``(size,)``.
         allowed: The widths that each group may have, rising.
         targets: What must be met; none keeps everything that is allowed.
@@ -78,7 +78,7 @@ def solve(
         raise InfeasibleError("no channel group of this network can be pruned; `archsearch show` says why")
     steps = [allowed[name] for name in names]
     falling = [-priorities[name] for name in names]
-    limits = [(_polynomial(cost, target.resource), _limit(cost, target)) for target in targets]
+    limits = [(_count(cost, target.resource), _limit(cost, target)) for target in targets]
 
     def fits(widths: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """Return which of the candidates ``(B, G)`` meet all targets, ``(B,)``."""
@@ -89,7 +89,10 @@ def solve(
         """Return the position in ``allowed`` of each group's width when units below the threshold go."""
         kept = [np.searchsorted(order, -threshold, side="right") for order in falling]
         return np.array(
-            [max(0, np.searchsorted(step, width, side="right") - 1) for step, width in zip(steps, kept, strict=True)]
+            [
+                max(0, np.searchsorted(step, width, side="right") - 1)
+                for step, width in zip(steps, kept, strict=True)
+            ]
         )
 
     def at(positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -126,23 +129,28 @@ def solve(
     return cost.mapping(at(positions))
 
 
-def _polynomial(cost: CostModel, resource: Resource) -> Polynomial | Callable[..., npt.NDArray[np.int64]]:
-    return {"flops": cost.macs, "params": cost.params, "memory": cost.peak_activation_bytes}[resource]
+def _count(cost: CostModel, resource: Resource) -> Count:
+    counts: dict[Resource, Count] = {
+        "flops": cost.macs,
+        "params": cost.params,
+        "memory": cost.peak_activation_bytes,
+    }
+    return counts[resource]
 
 
 def _limit(cost: CostModel, target: Target) -> int:
-    return target.limit(int(_polynomial(cost, target.resource)(cost.sizes)))
+    return target.limit(int(_count(cost, target.resource)(cost.sizes)))
 
 
 def _unreachable(cost: CostModel, widths: npt.NDArray[np.int64], targets: Sequence[Target]) -> str:
     parts = []
     for target in targets:
-        count = _polynomial(cost, target.resource)
+        count = _count(cost, target.resource)
         least, full = int(count(widths)), int(count(cost.sizes))
         if least > _limit(cost, target):
             unit = {"flops": "MACs", "params": "parameters", "memory": "bytes"}[target.resource]
             parts.append(
-                f"--{target.resource} {str(target).split()[1]} asks for at most {_limit(cost, target):,} {unit}, "
-                f"the smallest allowed widths have {least:,} ({least / full:.4f} of the reference)"
+                f"the target {target} asks for at most {_limit(cost, target):,} {unit}, the smallest allowed "
+                f"widths have {least:,} ({least / full:.4f} of the reference)"
             )
     return "; ".join(parts) + ". Raise the target, or lower --min-keep, --min-width or --round-to"

@@ -131,7 +131,7 @@ _SIZES: dict[type[nn.Module], _Sizes] = {
 
 @contextmanager
 def _constructors(watch: Callable[[nn.Module, dict[str, Any]], None]) -> Iterator[None]:
-    """Let ``watch`` see each weight layer and its constructor's arguments, which it may change, before it is made."""
+    """Let ``watch`` see, and change, the constructor's arguments of each weight layer before it is made."""
     originals = {kind: kind.__init__ for kind in _SIZES}
     try:
         for kind, original in originals.items():

@@ -174,7 +174,7 @@ class CostModel:
 
     @cached_property
     def _activations(self) -> tuple[Floats, list[Polynomial]]:
-        """How many tensors of each size live at each op, ``(sizes, ops)``, and the polynomial of each size."""
+        """How many tensors of each size live at each op, ``(sizes, ops)``, and each size's polynomial."""
         trace = self._graph.trace
         rows: dict[tuple[object, ...], int] = {}
         terms: list[tuple[int, tuple[Factor, ...]]] = []

@@ -82,13 +82,15 @@ class ChannelGraph:
     Attributes:
         groups: The prunable groups.
         units: For each parameter dimension, ``(tensor, dim)``, the unit of each index.
-        frozen: The layers with channels that stay.
+        layers: The layers that compute channels, in order of execution.
+        frozen: Those with channels that stay.
         trace: What the run told; costs and verification read it.
         unit_of_atom: For each atom its unit, ``(atoms,)``.
     """
 
     groups: Mapping[str, ChannelGroup]
     units: Mapping[tuple[str, int], Units]
+    layers: tuple[str, ...]
     frozen: tuple[FrozenLayer, ...]
     trace: Trace
     unit_of_atom: Units

@@ -72,7 +72,9 @@ def group_channels(trace: Trace) -> ChannelGraph:
         (slot.tensor, slot.dim): unit_of_atom[slot.first : slot.first + slot.size]
         for slot in trace.labels.slots
     }
-    return ChannelGraph(groups, unit_of_index, units.frozen_layers(unit_of_atom), trace, unit_of_atom)
+    layers = dict.fromkeys(layer_of(trace.labels.slots[slot].tensor) for slot in units.producing_slots)
+    frozen = units.frozen_layers(unit_of_atom)
+    return ChannelGraph(groups, unit_of_index, tuple(layers), frozen, trace, unit_of_atom)
 
 
 def _free_name(name: str, taken: Iterable[str]) -> str:
@@ -132,6 +134,8 @@ class _Units:
         """Return the prunable components, by the slots they are in and how often; first producer first."""
         prunable = self.first_producer < len(self.producing_slots)
         prunable[list(self.reasons)] = False
+        if not prunable.any():
+            return []
         width = len(self.labels.slots) + len(self.labels.told_apart)
         places = [(self.component[1:], self.slot_of_atom[1:])]
         for number, atoms in enumerate(self.labels.told_apart, len(self.labels.slots)):
@@ -146,8 +150,8 @@ class _Units:
             families.setdefault(signature[start:end].tobytes(), []).append(int(component[start]))
         found = []
         for encoded, components in families.items():
-            slots = dict(np.frombuffer(encoded, dtype=np.int64).reshape(-1, 2).tolist())
-            real = {slot: count for slot, count in slots.items() if slot < len(self.labels.slots)}
+            slots = np.frombuffer(encoded, dtype=np.int64).reshape(-1, 2).tolist()
+            real = {slot: count for slot, count in slots if slot < len(self.labels.slots)}
             found.append(_Family(np.array(components), real))
         return sorted(found, key=self._place)
 
@@ -202,7 +206,8 @@ def _components(labels: Labels) -> tuple[npt.NDArray[np.int64], Atoms]:
     constant = (left == CONSTANT) | (right == CONSTANT)
     tied = np.maximum(left, right)[constant]
     edges = coo_matrix(
-        (np.ones(len(left), np.int8)[~constant], (left[~constant], right[~constant])), shape=(labels.num_atoms,) * 2
+        (np.ones(len(left), np.int8)[~constant], (left[~constant], right[~constant])),
+        shape=(labels.num_atoms,) * 2,
     )
     _, component = connected_components(edges, directed=False)
     return component.astype(np.int64), tied

@@ -119,7 +119,7 @@ class Call:
                 self.labels.set(output, dims)
 
     def keep_labels(self, dims: Iterable[int] | None = None) -> None:
-        """Give the results the first tensor's labels, of all or of the given dimensions; freeze the others."""
+        """Give the results the first tensor's labels, of all or the given dimensions; freeze the others."""
         labels = self.labels_of(self.tensors[0])
         kept = labels if dims is None else {dim: labels[dim] for dim in dims if dim in labels}
         self.freeze_except(labels, kept)
@@ -169,7 +169,7 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(*ops: str) -> Callable[[Rule], Rule]:
-    """Register a rule for ops by their names, such as ``"aten::convolution"`` (``aten::`` may be left out)."""
+    """Register a rule for ops by name, such as ``"mylib::op"``; ``aten::`` may be left out."""
 
     def add(function: Rule) -> Rule:
         for op in ops:
@@ -241,7 +241,9 @@ def copy(call: Call) -> None:
 # --- ops that only move elements ----------------------------------------------------------------------
 
 
-@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "view_copy", "_reshape_copy", "flatten", "unflatten")
+@rule(
+    "view", "_unsafe_view", "reshape", "_reshape_alias", "view_copy", "_reshape_copy", "flatten", "unflatten"
+)
 def view(call: Call) -> None:
     """Carry labels through a reshape.
 
@@ -409,10 +411,12 @@ def cat(call: Call) -> None:
     call.set(dims)
 
 
-@rule("constant_pad_nd", "pad", "reflection_pad2d", "replication_pad2d", "reflection_pad1d", "replication_pad1d")
+@rule(
+    "constant_pad_nd", "pad", "reflection_pad2d", "replication_pad2d", "reflection_pad1d", "replication_pad1d"
+)
 def pad(call: Call) -> None:
     """Put constant atoms around the labels of a padded dimension; those of the others stay."""
-    source, out = call.tensors[0], call.out
+    source = call.tensors[0]
     padding = list(call.arg("padding" if "ication" in call.name or "flection" in call.name else "pad"))
     labels, dims = call.labels_of(source), {}
     for dim, atoms in labels.items():
@@ -422,7 +426,6 @@ def pad(call: Call) -> None:
             call.labels.freeze(atoms, call.name)
         else:
             dims[dim] = np.pad(atoms, (before, after), constant_values=CONSTANT)
-        assert out.shape[dim] == source.shape[dim] + before + after
     call.set(dims)
 
 
@@ -532,9 +535,7 @@ def convolution(call: Call) -> None:
     call.set({} if outputs is None else {1: outputs})
     space = math.prod((x if transposed else call.out).shape[2:])
     kernel = math.prod(weight.shape[2:])
-    call.count_macs(
-        x.shape[0] * space * kernel, _factor(w_labels, weight, 0), _factor(w_labels, weight, 1)
-    )
+    call.count_macs(x.shape[0] * space * kernel, _factor(w_labels, weight, 0), _factor(w_labels, weight, 1))
     if bias is not None:
         call.match(outputs, call.labels_of(bias).get(0), call.out.shape[1])
         call.count_elements(1, call.out)
@@ -630,9 +631,9 @@ def attention(call: Call) -> None:
 
 
 @rule(
-    "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
-    "batch_norm", "_batch_norm_no_update", "_batch_norm_with_update", "miopen_batch_norm",
-    "_native_batch_norm_legit_functional",
+    "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
+    "_native_batch_norm_legit_functional", "cudnn_batch_norm", "miopen_batch_norm", "batch_norm",
+    "_batch_norm_no_update", "_batch_norm_with_update",
 )  # fmt: skip
 def batch_norm(call: Call) -> None:
     """Tie scale, shift and statistics to the channels."""
@@ -676,8 +677,21 @@ def group_norm(call: Call) -> None:
     call.set(labels)
 
 
-@rule("mean", "sum", "amax", "amin", "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm", "prod",
-      "logsumexp", "any", "all", "max", "min", "argmax", "argmin", "nansum")  # fmt: skip
+@rule("_weight_norm_interface")
+def weight_norm(call: Call) -> None:
+    """Tie lengths to directions; a length is that of the kept part (Salimans and Kingma, NeurIPS 2016)."""
+    direction, length = call.arg("v"), call.arg("g")
+    labels = call.labels_of(direction)
+    call.mix(0, labels, labels)
+    call.mix(1, call.labels_of(length), labels)
+    call.pointwise([direction, length])
+    call.set({dim: labels[dim] for dim in (call.arg("dim"),) if dim in labels}, call.outputs[1])
+
+
+@rule(
+    "mean", "sum", "nansum", "amax", "amin", "max", "min", "argmax", "argmin", "var", "std", "var_mean",
+    "std_mean", "linalg_vector_norm", "norm", "prod", "logsumexp", "any", "all",
+)  # fmt: skip
 def reduction(call: Call) -> None:
     """Drop the reduced dimensions; their statistic is then over the kept channels."""
     source, out = call.tensors[0], call.out
@@ -722,9 +736,9 @@ def along(call: Call) -> None:
 @rule(
     "max_pool2d_with_indices", "max_pool2d", "avg_pool2d", "_adaptive_avg_pool2d", "adaptive_avg_pool2d",
     "adaptive_max_pool2d", "avg_pool1d", "max_pool1d", "_adaptive_avg_pool3d", "adaptive_max_pool3d",
-    "avg_pool3d", "max_pool3d_with_indices", "adaptive_avg_pool1d", "upsample_bilinear2d", "upsample_nearest2d",
-    "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_nearest_exact2d", "upsample_linear1d",
-    "upsample_nearest1d", "upsample_trilinear3d", "grid_sampler_2d",
+    "avg_pool3d", "max_pool3d_with_indices", "adaptive_avg_pool1d", "upsample_bilinear2d",
+    "upsample_nearest2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_nearest_exact2d",
+    "upsample_linear1d", "upsample_nearest1d", "upsample_trilinear3d", "grid_sampler_2d",
 )  # fmt: skip
 def spatial(call: Call) -> None:
     """Keep the labels of batch and channels; space has a fixed size."""
@@ -746,8 +760,11 @@ def relu(call: Call) -> None:
     call.count_elements(1, call.out)
 
 
-@rule("hardtanh", "hardswish", "hardsigmoid", "gelu", "silu", "leaky_relu", "elu", "sigmoid", "tanh", "softplus",
-      "masked_fill", "where", "addcmul", "addcdiv", "lerp", "prelu", "_prelu_kernel", "rsub", "celu", "mish")  # fmt: skip
+@rule(
+    "hardtanh", "hardswish", "hardsigmoid", "gelu", "silu", "leaky_relu", "elu", "sigmoid", "tanh",
+    "softplus", "celu", "mish", "prelu", "_prelu_kernel", "masked_fill", "where", "addcmul", "addcdiv",
+    "lerp", "rsub",
+)  # fmt: skip
 def elementwise(call: Call) -> None:
     """Tie the operands index by index."""
     call.pointwise()

@@ -76,7 +76,7 @@ def _copy(model: nn.Module, tensors: dict[str, torch.Tensor]) -> nn.Module:
 
 
 def fit_attributes(module: nn.Module) -> None:
-    """Make ``in_channels``, ``groups``, ``num_features`` and the like of one module agree with its tensors."""
+    """Make ``in_channels``, ``groups``, ``num_features`` and the like agree with a module's tensors."""
     for kind, fit in _FITS:
         if isinstance(module, kind):
             fit(module)

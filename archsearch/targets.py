@@ -22,12 +22,12 @@ class Target:
     Attributes:
         resource: What is limited.
         keep: Share of the reference that may stay, in ``(0, 1]``; ``None`` if the limit is absolute.
-        absolute: The limit itself; ``None`` if it is a share.
+        absolute: The limit itself; 0 if it is a share.
     """
 
     resource: Resource
     keep: Fraction | None = None
-    absolute: int | None = None
+    absolute: int = 0
 
     @classmethod
     def parse(cls, resource: Resource, text: str | float) -> Target:
@@ -60,7 +60,6 @@ class Target:
         """Return the largest count that meets the target, given the reference's."""
         if self.keep is not None:
             return int(self.keep * reference)
-        assert self.absolute is not None, "a target is a share or absolute"
         return min(self.absolute, reference)
 
     def __str__(self) -> str:

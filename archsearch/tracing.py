@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeAlias
 
@@ -144,8 +145,8 @@ class _Tracer(OpMode):
                 self._living[storage].last_read = len(self._trace.ops)
 
 
-_TORCH = os.path.dirname(torch.__file__) + os.sep
-_HERE = os.path.dirname(__file__) + os.sep
+_TORCH = f"{Path(torch.__file__).parent}{os.sep}"
+_HERE = f"{Path(__file__).parent}{os.sep}"
 
 
 def code_line(frame: FrameType | None) -> Line | None:
@@ -213,7 +214,11 @@ def untouched(model: nn.Module, *, training: bool) -> Iterator[None]:
             module.training = mode
         with torch.no_grad():
             for name, buffer in model.named_buffers():
-                if name in buffers and buffer.device.type != "meta" and not torch.equal(buffer, buffers[name]):
+                if (
+                    name in buffers
+                    and buffer.device.type != "meta"
+                    and not torch.equal(buffer, buffers[name])
+                ):
                     buffer.copy_(buffers[name])
 
 
@@ -221,7 +226,7 @@ def trace_model(model: nn.Module, example: Any) -> Trace:
     """Run ``model`` on ``example`` and return what its ops tell.
 
     The run is in eval mode. Parts that only training uses (auxiliary classifiers) are found by a second run
-    in train mode, on the example repeated to a batch of two.
+    in train mode, on the example repeated to a batch of two, or on the example itself where that fails.
 
     Args:
         model: Any network, on any device; left exactly as it was.
@@ -234,10 +239,12 @@ def trace_model(model: nn.Module, example: Any) -> Trace:
     _run(model, example, trace, training=False)
     parameters = list(model.parameters())
     if any(id(parameter) not in trace.touched for parameter in parameters):
-        try:
-            _run(model, _twice(example), trace, training=True)
-        except ArchsearchError:
-            pass  # what training alone uses then stays as it is: nothing ties it, nothing produces it
+        for batch in (_twice(example), example):
+            try:
+                _run(model, batch, trace, training=True)
+                break
+            except ArchsearchError:
+                continue  # what training alone uses then stays as it is: nothing ties it, nothing produces it
     return trace
 
 

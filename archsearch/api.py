@@ -1,0 +1,233 @@
+"""The same as the command line, from Python: ``archsearch.find("resnet56", flops=0.5)``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from archsearch.callbacks import Callback
+from archsearch.data import DataSource, load_data
+from archsearch.errors import UsageError
+from archsearch.evaluation import resolve_device
+from archsearch.models import ModelSource, pretrained, resolve
+from archsearch.pipeline import Found, Plan, Say, Trainer
+from archsearch.pipeline import find as run_plan
+from archsearch.presets import PRESETS
+from archsearch.rebuild import Traced, trace_module, trace_source
+from archsearch.recipe import RECIPES, Recipe
+from archsearch.results import environment
+from archsearch.space import SearchSpace
+from archsearch.targets import Resource, Target
+
+
+def default_recipe(data: str) -> str:
+    """Return the recipe that suits a data set where none is asked for."""
+    return {"digits": "quick", "imagefolder": "imagenet"}.get(data, "cifar")
+
+
+def find(
+    model: str | nn.Module | None = None,
+    *,
+    flops: str | float | None = None,
+    params: str | float | None = None,
+    memory: str | float | None = None,
+    preset: str | None = None,
+    method: str = "l1_norm",
+    allocation: str | None = None,
+    space: SearchSpace | None = None,
+    data: str | DataSource | None = "digits",
+    data_options: Mapping[str, Any] | None = None,
+    example: Any = None,
+    weights: str | None = None,
+    trained: bool = True,
+    budget: str = "scratch-b",
+    budget_cap: float | None = None,
+    published_cost: bool = False,
+    finetune: str = "finetune",
+    recipe: str | Recipe | None = None,
+    recipe_changes: Mapping[str, Any] | None = None,
+    seeds: int = 1,
+    seed: int = 0,
+    device: str = "auto",
+    input_shape: Sequence[int] | None = None,
+    classes: int | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    trust_code: bool = False,
+    out: str | Path | None = None,
+    store: str | Path = "runs",
+    conditions: Mapping[str, Any] | None = None,
+    say: Say = lambda line: None,
+    callbacks: Callable[[str, Path], Sequence[Callback]] = lambda label, directory: (),
+) -> Found:
+    """Find a smaller architecture, train it from scratch and compare it with the reference.
+
+    Args:
+        model: A name (``"resnet56"``, ``"torchvision/resnet50"``, ``"path/file.py:factory"``), or a network
+            in hand. A preset implies its model.
+        flops: MACs that may stay, as a share (``0.5``, ``"50%"``) or absolute (``"60M"``).
+        params: Parameters that may stay, likewise.
+        memory: Bytes of peak activation memory that may stay, likewise.
+        preset: Published widths, such as ``"resnet56-a"``, in place of a target.
+        method: The pruner; ``archsearch list pruners``.
+        allocation: How scores become widths: ``"local"`` or ``"global"``; by default the method's own.
+        space: Which widths are allowed.
+        data: A data set's name, your own ``DataSource``, or ``None`` with a budget of ``"none"``.
+        data_options: Further arguments of ``load_data``, such as ``data_dir``.
+        example: For a network in hand without data: one input ``(1, ...)``.
+        weights: File with the reference's weights, or the name of published ones, such as ``"DEFAULT"``.
+        trained: Whether the weights of a network in hand are trained ones.
+        budget: ``"scratch-b"``, ``"scratch-e"``, ``"finetune"`` or ``"none"``.
+        budget_cap: Most epochs of Scratch-B, in multiples of the recipe's.
+        published_cost: Whether Scratch-B counts FLOPs as Liu et al. publish them, instead of MACs.
+        finetune: Budget of the fine-tuned arm: ``"finetune"`` or ``"finetune-published"``.
+        recipe: How to train, by name or in full; by default what suits the data.
+        recipe_changes: Fields of the recipe that differ, such as ``{"epochs": 5}``.
+        seeds: How many times each arm is trained.
+        seed: The first seed.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"auto"``.
+        input_shape: ``(C, H, W)`` of one input, where neither data nor the model's source says it.
+        classes: Outputs of the network, likewise.
+        arguments: Further arguments of the model's factory.
+        trust_code: Whether a model may name the user's own code.
+        out: Directory of the results; ``None`` writes nothing but the store.
+        store: Directory of all trainings.
+        conditions: What else to record about the run, such as the command.
+        say: Takes lines for the user.
+        callbacks: Makes a training's callbacks from its label and directory.
+
+    Raises:
+        ArchsearchError: If anything asked for cannot be; before anything long has started.
+    """
+    source_data = None
+    asked: dict[Resource, str | float | None] = {"flops": flops, "params": params, "memory": memory}
+    targets = [Target.parse(resource, text) for resource, text in asked.items() if text is not None]
+    chosen = PRESETS[preset] if preset is not None else None
+    if model is None and chosen is not None:
+        model = chosen.model
+    if model is None:
+        raise UsageError("no model: give a name such as resnet56, or a network")
+    if chosen is not None:
+        chosen.check_model(model if isinstance(model, str) else type(model).__name__)
+    resolve_device(device)
+    name = "your own" if data is None or isinstance(data, DataSource) else data
+    chosen_recipe = recipe if isinstance(recipe, Recipe) else RECIPES[recipe or default_recipe(name)]
+    chosen_recipe = chosen_recipe.with_(**(recipe_changes or {}))
+    plan = Plan(
+        targets=targets,
+        method=method,
+        allocation=allocation,
+        preset=chosen,
+        space=space or SearchSpace(),
+        budget=budget,
+        budget_cap=budget_cap,
+        published_cost=published_cost,
+        recipe=chosen_recipe,
+        finetune=finetune,
+        seeds=seeds,
+        seed=seed,
+    )
+    if data is not None:
+        source_data = data if isinstance(data, DataSource) else load_data(data, **(data_options or {}))
+        say(source_data.announcement)
+    if isinstance(model, str):
+        source = resolve(model, trust_code=trust_code)
+        given = published_weights(source, weights)
+        shape, words = shape_and_arguments(source, source_data, input_shape, classes, arguments)
+        traced = trace_source(source, words, shape, seed=seed)
+        if given is not None:
+            traced = replace(traced, model=pretrained(source, given, **words))
+            weights = None
+        trained = given is not None
+    else:
+        traced = trace_module(model, example if example is not None else _first_image(source_data))
+    say(summary(traced))
+    trainer = None
+    if source_data is not None:
+        check_classes(traced, source_data)
+        trainer = Trainer(source_data, device, Path(store), say, callbacks)
+    facts = {
+        **(conditions or {}),
+        "model": traced.name,
+        "data": source_data.name if source_data else "none",
+        "recipe": {
+            key: value for key, value in chosen_recipe.as_dict().items() if value != getattr(Recipe, key)
+        },
+        "versions": environment(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    return run_plan(
+        traced,
+        plan,
+        trainer,
+        weights=weights,
+        trained=trained,
+        out=Path(out) if out is not None else None,
+        conditions=facts,
+        say=say,
+    )
+
+
+def published_weights(source: ModelSource, weights: str | None) -> str | None:
+    """Return ``weights`` if they name published ones; a file is for the caller to load.
+
+    Raises:
+        UsageError: If there is no such file.
+    """
+    if weights is None or Path(weights).is_file():
+        return None
+    if source.origin in ("torchvision", "timm") and not Path(weights).suffix:
+        return weights
+    raise UsageError(f"--weights {weights}: there is no such file")
+
+
+def shape_and_arguments(
+    source: ModelSource,
+    data: DataSource | None,
+    input_shape: Sequence[int] | None,
+    classes: int | None,
+    arguments: Mapping[str, Any] | None,
+) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """Return the shape of one input and the arguments of the factory that fit the data.
+
+    Raises:
+        UsageError: If nothing says the shape, or the network cannot take it.
+    """
+    shape = tuple(input_shape or (data.input_shape if data else source.input_shape) or ())
+    if not shape:
+        raise UsageError(f"nothing says what {source.name} takes: give --input-shape C,H,W, or --data")
+    classes = classes or (data.num_classes if data else source.num_classes)
+    native = shape == source.input_shape
+    words = source.arguments_for(classes, None if native else shape[0], None if native else shape[-1])
+    return shape, {**words, **(arguments or {})}
+
+
+def summary(traced: Traced) -> str:
+    """Return what a trace found, in a few lines."""
+    cost, graph = traced.cost.reference, traced.graph
+    shape = " x ".join(map(str, traced.input_shape))
+    size = f"{cost.macs:,} MACs, {cost.params:,} parameters for an input of {shape}"
+    lines = [f"{traced.name}: {len(graph.groups)} channel groups, {size}"]
+    lines += [f"no rule for {op}: {why}; what it touches stays" for op, why in graph.unknown_ops.items()]
+    return "\n".join(lines)
+
+
+def check_classes(traced: Traced, data: DataSource) -> None:
+    """Raise UsageError if the network has fewer outputs than the data classes."""
+    outputs = traced.graph.trace.output_shapes[0][-1]
+    if outputs < data.num_classes:
+        raise UsageError(
+            f"{traced.name} has {outputs} outputs, but {data.name} has {data.num_classes} classes; "
+            "give its factory an argument num_classes"
+        )
+
+
+def _first_image(data: DataSource | None) -> Any:
+    if data is None:
+        raise UsageError("a network in hand needs data, or example: one input (1, ...)")
+    images, _ = next(iter(data.train.batches(1)))
+    return images

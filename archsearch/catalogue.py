@@ -1,0 +1,84 @@
+"""What there is to choose from, as lines for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from inspect import getdoc
+from typing import Any
+
+from archsearch.recipe import BUDGETS, RECIPES, Recipe
+from archsearch.registry import Registry
+
+
+def _models(pattern: str) -> Iterable[str]:
+    from archsearch.models import list_models
+
+    return list_models(pattern)
+
+
+def _pruners(pattern: str) -> Iterable[str]:
+    from archsearch.pruners import PRUNERS
+
+    for name in PRUNERS.names(pattern):
+        pruner = PRUNERS[name]
+        yield f"{name:<10} {_first_line(pruner)} [{pruner.source}; allocation {pruner.allocation}]"
+
+
+def _allocations(pattern: str) -> Iterable[str]:
+    from archsearch.allocation import ALLOCATIONS
+
+    return _documented(ALLOCATIONS, pattern)
+
+
+def _data(pattern: str) -> Iterable[str]:
+    from archsearch.data import DATASETS
+
+    return _documented(DATASETS, pattern)
+
+
+def _recipes(pattern: str) -> Iterable[str]:
+    for name in RECIPES.names(pattern):
+        recipe = RECIPES[name]
+        differing = {
+            f.name: getattr(recipe, f.name) for f in fields(Recipe) if getattr(recipe, f.name) != f.default
+        }
+        always = {
+            key: getattr(recipe, key) for key in ("optimizer", "lr", "batch_size", "epochs", "schedule")
+        }
+        yield f"{name:<10} {_spelled({**always, **differing})}"
+
+
+def _budgets(pattern: str) -> Iterable[str]:
+    yield from BUDGETS.names(pattern)
+
+
+def _presets(pattern: str) -> Iterable[str]:
+    from archsearch.presets import PRESETS
+
+    for name in PRESETS.names(pattern):
+        yield f"{name:<12} {PRESETS[name].model}"
+
+
+def _documented(registry: Registry[Any], pattern: str) -> Iterable[str]:
+    for name in registry.names(pattern):
+        yield f"{name:<14} {_first_line(registry[name])}"
+
+
+def _first_line(thing: object) -> str:
+    return (getdoc(thing) or "").partition("\n")[0]
+
+
+def _spelled(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+CATALOGUES: Mapping[str, Callable[[str], Iterable[str]]] = {
+    "models": _models,
+    "pruners": _pruners,
+    "allocations": _allocations,
+    "data": _data,
+    "recipes": _recipes,
+    "budgets": _budgets,
+    "presets": _presets,
+}

@@ -1,0 +1,128 @@
+"""What a training job does with an architecture file: train its network, and measure it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from archsearch.architecture import Architecture
+from archsearch.callbacks import Callback
+from archsearch.data import DataSource
+from archsearch.determinism import derive_seed
+from archsearch.errors import UsageError
+from archsearch.evaluation import Evaluation, evaluate
+from archsearch.pipeline import Say, Trainer, arm_of, is_main
+from archsearch.rebuild import Traced, load, load_weights, trace_architecture
+from archsearch.recipe import BUDGETS, Recipe
+from archsearch.results import Arm, Record, environment
+from archsearch.tensor_files import write_tensors
+
+
+def train_architecture(
+    path: Path,
+    data: DataSource,
+    recipe: Recipe,
+    *,
+    budget: str = "scratch-e",
+    published_cost: bool = False,
+    weights: Path | None = None,
+    seeds: int = 1,
+    seed: int = 0,
+    device: str = "auto",
+    trust_code: bool = False,
+    out: Path,
+    store: Path,
+    say: Say = lambda line: None,
+    callbacks: Callable[[str, Path], Sequence[Callback]] = lambda label, directory: (),
+) -> Record:
+    """Train the network of an architecture file, from scratch or from given weights.
+
+    Args:
+        path: The architecture file.
+        data: What to train on.
+        recipe: How the reference would be trained; the budget stretches it.
+        budget: ``"scratch-e"``, ``"scratch-b"`` or ``"finetune"``, which needs ``weights``.
+        published_cost: Whether Scratch-B counts FLOPs as Liu et al. publish them, instead of MACs.
+        weights: Weights of this architecture to start from.
+        seeds: How many times.
+        seed: The first seed.
+        device: As for ``training.train``.
+        trust_code: Whether a model that names the user's own code may be imported.
+        out: Receives ``weights.safetensors`` of the first seed and the results.
+        store: Directory of all trainings.
+        say: Takes lines for the user.
+        callbacks: Makes a training's callbacks from its label and directory.
+
+    Raises:
+        ArchsearchError: If the file, the data or the weights are not what they should be.
+    """
+    architecture = Architecture.read(path)
+    chosen = BUDGETS[budget]
+    if chosen.inherits and weights is None:
+        raise UsageError(f"--budget {budget} goes on from trained weights: give --weights FILE")
+    traced = trace_architecture(architecture, trust_code=trust_code, where=str(path))
+    check_input(traced, data)
+    widths = {name: group.width for name, group in architecture.widths.items()}
+    cost, reference = traced.cost.of(widths), traced.cost.reference
+    of, to = (
+        (reference.published_flops, cost.published_flops) if published_cost else (reference.macs, cost.macs)
+    )
+    recipe = chosen.recipe(recipe, of, to)
+    trainer = Trainer(data, device, store, say, callbacks)
+    results = []
+    for number in range(seed, seed + seeds):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(number, "weights"))
+            model, _ = traced.fresh(widths)
+        if weights is not None:
+            load_weights(model, weights)
+        results.append(trainer.train(f"{path.name}, {budget}, seed {number}", model, recipe, number))
+    name = f"{path.name}, {budget}"
+    record = Record(
+        {
+            "architecture": architecture.key,
+            "model": architecture.model,
+            "data": data.name,
+            "recipe": {k: v for k, v in recipe.as_dict().items() if v != getattr(Recipe, k)},
+            "seed": seed,
+            "seeds": seeds,
+            "versions": environment(),
+        },
+        [
+            Arm("reference", "reference", "none", reference.macs, reference.params),
+            arm_of(name, path.name, budget, cost, results),
+        ],
+    )
+    if is_main():
+        out.mkdir(parents=True, exist_ok=True)
+        write_tensors(out / "weights.safetensors", results[0].model.state_dict())
+        record.write(out)
+    return record
+
+
+def evaluate_architecture(
+    path: Path, weights: Path, data: DataSource, *, device: str = "auto", trust_code: bool = False
+) -> Evaluation:
+    """Measure the network of an architecture file with its weights on the test set.
+
+    Raises:
+        ArchsearchError: If the file, the data or the weights are not what they should be.
+    """
+    model = load(path, weights, trust_code=trust_code)
+    return evaluate(model, data.test, device=device)
+
+
+def check_input(traced: Traced, data: DataSource) -> None:
+    """Raise UsageError if a network was made for images of another shape, or too few classes."""
+    if traced.input_shape != tuple(data.input_shape):
+        raise UsageError(
+            f"the architecture is for inputs of {traced.input_shape}, but {data.name} has images of "
+            f"{tuple(data.input_shape)}: give --image-size, or find an architecture with this --data"
+        )
+    outputs = traced.graph.trace.output_shapes[0][-1]
+    if outputs < data.num_classes:
+        raise UsageError(
+            f"{traced.name} has {outputs} outputs, but {data.name} has {data.num_classes} classes"
+        )

@@ -1,0 +1,413 @@
+"""The verbs: train the reference, prune it, keep the widths, rebuild, train, compare.
+
+Every training lives in a directory of the store that is named by the hash of all that decides its outcome:
+the same command run twice trains nothing twice, and a killed one goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from archsearch import files
+from archsearch.allocation import ALLOCATIONS, select, solve
+from archsearch.architecture import Architecture
+from archsearch.callbacks import Callback, MetricsFile
+from archsearch.cost import Cost
+from archsearch.data import DataSource
+from archsearch.determinism import derive_seed
+from archsearch.errors import ArchsearchError, IntegrityError, UsageError
+from archsearch.evaluation import evaluate, resolve_device
+from archsearch.graph import Selection
+from archsearch.presets import Preset
+from archsearch.pruners import PRUNERS, Context
+from archsearch.rebuild import Traced, load_weights
+from archsearch.recipe import BUDGETS, Budget, Recipe
+from archsearch.results import Arm, Record
+from archsearch.space import SearchSpace
+from archsearch.targets import Target
+from archsearch.tensor_files import write_tensors
+from archsearch.training import train
+from archsearch.training_directory import describe
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """How networks are trained and where their trainings are kept.
+
+    Attributes:
+        data: Train, validation and test images.
+        device: As for ``training.train``.
+        store: Directory of all trainings.
+        say: Takes lines for the user.
+        callbacks: Makes a training's callbacks from its label and directory.
+        checkpoint_every_s: Seconds between checkpoints inside an epoch.
+    """
+
+    data: DataSource
+    device: str
+    store: Path
+    say: Say = lambda line: None
+    callbacks: Callable[[str, Path], Sequence[Callback]] = lambda label, directory: ()
+    checkpoint_every_s: float = 300.0
+
+    def train(self, label: str, model: nn.Module, recipe: Recipe, seed: int) -> Trained:
+        """Train a network, or find that it was trained before, and measure it on the test set."""
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        facts = describe(model, recipe, seed, resolve_device(self.device), world_size)
+        identity = {"data": self.data.fingerprint}
+        directory = self.store / "trainings" / _key({**facts, **identity})
+        result = train(
+            model,
+            self.data.train,
+            self.data.validation,
+            recipe,
+            seed=seed,
+            directory=directory,
+            device=self.device,
+            callbacks=[MetricsFile(directory / "metrics.csv"), *self.callbacks(label, directory)],
+            checkpoint_every_s=self.checkpoint_every_s,
+            identity=identity,
+        )
+        accuracy = self._test_accuracy(result.model, recipe, directory)
+        how = "trained before, read from" if result.reused else "kept in"
+        self.say(
+            f"{label}: {accuracy:.2f} % on the test set after {result.epochs} epochs ({how} {directory})"
+        )
+        return Trained(result.model, accuracy, result.epochs, result.seconds)
+
+    def _test_accuracy(self, model: nn.Module, recipe: Recipe, directory: Path) -> float:
+        """Return the accuracy on the test set, which is read once for each training, at its end."""
+        path = directory / "test.json"
+        if path.exists():
+            return float(files.read_json(path, IntegrityError)["accuracy"])
+        measured = evaluate(model, self.data.test, recipe.batch_size, self.device)
+        if is_main():
+            files.write_json(
+                path, {"accuracy": measured.accuracy, "loss": measured.loss, "images": measured.images}
+            )
+        return measured.accuracy
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained network with its test accuracy in percent."""
+
+    model: nn.Module
+    accuracy: float
+    epochs: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to find, and how to compare it.
+
+    Attributes:
+        targets: What the widths must meet; empty with a preset.
+        method: The pruner's name.
+        allocation: The allocation's name; ``None`` for the method's own.
+        preset: Published widths in place of a method's.
+        space: Which widths are allowed.
+        budget: How the found network is trained.
+        published_cost: Whether Scratch-B counts FLOPs as Liu et al. publish them, instead of MACs.
+        recipe: How the reference is trained; the budget stretches it.
+        finetune: The budget of the fine-tuned arm.
+        seeds: How many times each arm is trained.
+        seed: The first seed.
+    """
+
+    targets: Sequence[Target] = ()
+    method: str = "l1_norm"
+    allocation: str | None = None
+    preset: Preset | None = None
+    space: SearchSpace = field(default_factory=SearchSpace)
+    budget: str = "scratch-b"
+    budget_cap: float | None = None
+    published_cost: bool = False
+    recipe: Recipe = field(default_factory=Recipe)
+    finetune: str = "finetune"
+    seeds: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise UsageError(f"--seeds {self.seeds}: at least 1")
+        if not self.targets and self.preset is None:
+            raise UsageError("nothing says how small: give --flops, --params or --memory, or a --preset")
+        if self.targets and self.preset is not None:
+            raise UsageError("a --preset has its own widths: leave out --flops, --params and --memory")
+        BUDGETS[self.budget], BUDGETS[self.finetune], PRUNERS[self.method]
+        ALLOCATIONS[self.allocation or PRUNERS[self.method].allocation]
+
+    @property
+    def label(self) -> str:
+        """What the found widths are called in tables."""
+        return self.method if self.preset is None else "preset"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What ``find`` gives.
+
+    Attributes:
+        architecture: The found architecture, as in its file.
+        model: The found network, trained if anything was trained.
+        record: Conditions and arms of the comparison.
+        selection: Kept units of each group.
+        files: What was written.
+    """
+
+    architecture: Architecture
+    model: nn.Module
+    record: Record
+    selection: Selection
+    files: Sequence[Path]
+
+
+def find(
+    traced: Traced,
+    plan: Plan,
+    trainer: Trainer | None,
+    *,
+    weights: str | None = None,
+    trained: bool = False,
+    out: Path | None = None,
+    conditions: Mapping[str, Any] | None = None,
+    say: Say = lambda line: None,
+) -> Found:
+    """Find the widths that meet a target, rebuild the network, train it and compare.
+
+    Args:
+        traced: The reference network.
+        plan: What to find.
+        trainer: Trains the arms; ``None`` with a budget of ``none``.
+        weights: File with the reference's weights, which is then not trained.
+        trained: Whether the reference's weights, as they are, are trained ones.
+        out: Directory of the results; ``None`` writes nothing.
+        conditions: What else to record about the run.
+        say: Takes lines for the user.
+
+    Raises:
+        InfeasibleError: If no allowed widths meet the targets; before anything is trained.
+        ArchsearchError: If the found network is not what the reference computes without the dropped channels.
+    """
+    search = _Search(traced, plan, trainer, say)
+    if out is not None:
+        files.probe(out, 4 * search.reference_cost.params)
+    search.widths_of("uniform")  # an impossible target shows here, before anything is trained
+    reference, references = search.references(weights, trained)
+    selection = search.select(references[0])
+    widths = {name: len(kept) for name, kept in selection.items()}
+    verified = traced.verify(selection)
+    if not verified.ok:
+        raise ArchsearchError(f"the pruned {traced.name} {verified.problem}; this is a bug of archsearch")
+    say(f"verified: equal to the reference without the dropped channels, to {verified.error:.0e}")
+
+    provenance = _provenance(plan, conditions)
+    architecture = traced.architecture(widths, provenance)
+    written: list[Path] = []
+    if out is not None and is_main():
+        written += _write_architecture(architecture, out / "architecture.yaml")
+    arms, model = search.compare(references[0], selection)
+    record = Record(provenance, [reference, *arms])
+    if out is not None and is_main():
+        if trainer is not None or weights is not None or trained:
+            write_tensors(out / "weights.safetensors", model.state_dict())
+            written.append(out / "weights.safetensors")
+        written += record.write(out)
+    return Found(architecture, model, record, selection, written)
+
+
+class _Search:
+    """One run of ``find``."""
+
+    def __init__(self, traced: Traced, plan: Plan, trainer: Trainer | None, say: Say) -> None:
+        self._traced, self._plan, self._trainer, self._say = traced, plan, trainer, say
+        self._budget: Budget = BUDGETS[plan.budget]
+        if trainer is None and plan.budget != "none":
+            raise UsageError(f"--budget {plan.budget} trains networks: give --data, or --budget none")
+        self._allowed = plan.space.allowed(traced.graph)
+        self.reference_cost = traced.cost.reference
+
+    def references(self, weights: str | None, trained: bool) -> tuple[Arm, list[nn.Module]]:
+        """Return the arm of the reference and its network of each seed, one where its weights are given."""
+        model, cost = self._traced.model, self.reference_cost
+        arm = Arm("reference", "reference", "reference", cost.macs, cost.params)
+        if weights is not None:
+            load_weights(model, weights)
+        if weights is not None or trained or self._trainer is None:
+            if weights is None and not trained:
+                self._say("the reference has fresh random weights: nothing was trained (--budget none)")
+            return replace(arm, accuracies=self._accuracies(model)), [model]
+        if self._traced.build is None:
+            raise UsageError("a network in hand cannot be trained afresh: pass trained=True, or a name")
+        results = [
+            self._train("reference", self._fresh_reference(seed), self._plan.recipe, seed)
+            for seed in self._seeds
+        ]
+        return arm_of(arm.name, "reference", "reference", cost, results), [r.model for r in results]
+
+    def widths_of(self, kind: str, scores: Any = None) -> dict[str, int]:
+        """Return the widths of the method (with its scores), or uniform ones."""
+        plan, graph = self._plan, self._traced.graph
+        if plan.preset is not None and kind != "uniform":
+            return plan.preset.widths(graph.sizes)
+        targets = plan.targets
+        if plan.preset is not None:
+            macs = int(self._traced.cost.of(plan.preset.widths(graph.sizes)).macs)
+            targets = [Target("flops", absolute=macs)]
+        method = PRUNERS["uniform" if kind == "uniform" else plan.method]
+        allocation = method.allocation if kind == "uniform" else plan.allocation or method.allocation
+        if scores is None:
+            scores = method().score(Context(self._traced.model, graph))
+        return solve(self._traced.cost, ALLOCATIONS[allocation](scores), self._allowed, targets)
+
+    def select(self, reference: nn.Module) -> Selection:
+        """Return the units of each group that the method keeps."""
+        scores = PRUNERS[self._plan.method]().score(
+            Context(reference.cpu().eval(), self._traced.graph, self._plan.seed)
+        )
+        widths = self.widths_of("method", scores)
+        cost = self._traced.cost.of(widths)
+        macs, params = cost.macs / self.reference_cost.macs, cost.params / self.reference_cost.params
+        self._say(
+            f"{self._plan.label}: keeps {macs:.4f} of the MACs ({cost.macs:,}) "
+            f"and {params:.4f} of the parameters ({cost.params:,})"
+        )
+        return select(scores, widths)
+
+    def compare(self, reference: nn.Module, selection: Selection) -> tuple[list[Arm], nn.Module]:
+        """Train all arms beside the reference; return them, and the found network of the first seed."""
+        plan, traced = self._plan, replace(self._traced, model=reference)
+        arms: list[Arm] = []
+        widths = {name: len(kept) for name, kept in selection.items()}
+        cost = self._traced.cost.of(widths)
+        if plan.budget == "none" or self._trainer is None:
+            pruned = traced.inherit(selection)
+            arms.append(
+                Arm(
+                    f"{plan.label}, not trained",
+                    plan.label,
+                    "none",
+                    cost.macs,
+                    cost.params,
+                    accuracies=self._accuracies(pruned),
+                )
+            )
+            return arms, pruned
+        scratch = not self._budget.inherits
+        if scratch and plan.method != "uniform":
+            arms.append(self._scratch("uniform", self.widths_of("uniform"))[0])
+        tuning = plan.finetune if scratch else plan.budget
+        tuned = [
+            self._train(
+                f"{plan.label}, {tuning}",
+                traced.inherit(selection),
+                BUDGETS[tuning].recipe(plan.recipe),
+                seed,
+            )
+            for seed in self._seeds
+        ]
+        arms.append(arm_of(f"{plan.label}, {tuning}", plan.label, tuning, cost, tuned))
+        if not scratch:
+            return arms, tuned[0].model
+        arm, model = self._scratch(plan.label, widths)
+        return [*arms, arm], model
+
+    def _scratch(self, label: str, widths: Mapping[str, int]) -> tuple[Arm, nn.Module]:
+        plan, cost = self._plan, self._traced.cost.of(widths)
+        of, to = (
+            (self.reference_cost.published_flops, cost.published_flops)
+            if plan.published_cost
+            else (self.reference_cost.macs, cost.macs)
+        )
+        budget = replace(self._budget, cap=plan.budget_cap)
+        recipe = budget.recipe(plan.recipe, of, to)
+        name = f"{label}, {plan.budget}"
+        results = [self._train(name, self._fresh(widths, seed), recipe, seed) for seed in self._seeds]
+        return arm_of(name, label, plan.budget, cost, results), results[0].model
+
+    def _train(self, label: str, model: nn.Module, recipe: Recipe, seed: int) -> Trained:
+        if self._trainer is None:
+            raise UsageError("there is no data to train with: give --data")
+        label = f"{label}, seed {seed}" if self._plan.seeds > 1 else label
+        return self._trainer.train(label, model, recipe, seed)
+
+    def _fresh(self, widths: Mapping[str, int], seed: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(seed, "weights"))
+            model, sliced = self._traced.fresh(widths)
+        if sliced and seed == self._plan.seed:
+            self._say(
+                f"{len(sliced)} parameters hold a slice of what the model's code draws at full size: "
+                f"{', '.join(sliced[:3])}{', …' if len(sliced) > 3 else ''}"
+            )
+        return model
+
+    def _fresh_reference(self, seed: int) -> nn.Module:
+        return self._fresh(self._traced.graph.sizes, seed)
+
+    def _accuracies(self, model: nn.Module) -> tuple[float, ...]:
+        """Return the test accuracy of a network as it is; nothing without data."""
+        trainer = self._trainer
+        if trainer is None:
+            return ()
+        batch_size = self._plan.recipe.batch_size
+        return (evaluate(model, trainer.data.test, batch_size, trainer.device).accuracy,)
+
+    @property
+    def _seeds(self) -> range:
+        return range(self._plan.seed, self._plan.seed + self._plan.seeds)
+
+
+def is_main() -> bool:
+    """Return whether this process is the one that writes files and prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _key(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def arm_of(name: str, widths: str, budget: str, cost: Cost, results: Sequence[Trained]) -> Arm:
+    """Return the arm of several trainings of one network."""
+    return Arm(
+        name,
+        widths,
+        budget,
+        cost.macs,
+        cost.params,
+        results[0].epochs,
+        tuple(result.accuracy for result in results),
+        sum(result.seconds for result in results),
+    )
+
+
+def _provenance(plan: Plan, conditions: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {
+        "method": plan.method,
+        "allocation": "preset" if plan.preset else plan.allocation or PRUNERS[plan.method].allocation,
+        "target": ", ".join(map(str, plan.targets)) or "preset",
+        "budget": plan.budget,
+        "seed": plan.seed,
+        "seeds": plan.seeds,
+        **(conditions or {}),
+    }
+
+
+def _write_architecture(architecture: Architecture, path: Path) -> list[Path]:
+    """Write the file, unless the very same network stands there already: its date stays the first one."""
+    if not path.exists() or Architecture.read(path).key != architecture.key:
+        architecture.write(path)
+    return [path]

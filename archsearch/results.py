@@ -1,0 +1,119 @@
+"""What a run leaves behind: its arms, its conditions, and the files that hold them."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from archsearch import files
+
+_PACKAGES = ("archsearch", "torch", "torchvision", "numpy")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One network trained one way, with one or several seeds.
+
+    Attributes:
+        name: What was done, such as ``"l1_norm, scratch-b"``.
+        widths: Which widths: ``"reference"``, ``"uniform"`` or the method's name.
+        budget: How it was trained, such as ``"reference"`` or ``"scratch-b"``.
+        macs: Multiply-adds of one image.
+        params: Parameters.
+        epochs: Of each training.
+        accuracies: Test accuracy in percent of each seed; empty without data.
+        seconds: Of all trainings together.
+    """
+
+    name: str
+    widths: str
+    budget: str
+    macs: int
+    params: int
+    epochs: int = 0
+    accuracies: tuple[float, ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def mean(self) -> float | None:
+        """Mean test accuracy in percent."""
+        return fmean(self.accuracies) if self.accuracies else None
+
+    @property
+    def deviation(self) -> float | None:
+        """Sample standard deviation of the test accuracy in percent; ``None`` with fewer than two seeds."""
+        return stdev(self.accuracies) if len(self.accuracies) > 1 else None
+
+    @property
+    def accuracy(self) -> str:
+        """The accuracy as a table shows it: ``97.22 ± 0.31``."""
+        if self.mean is None:
+            return "-"
+        return f"{self.mean:.2f}" + (f" ± {self.deviation:.2f}" if self.deviation is not None else "")
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run: its conditions and its arms."""
+
+    conditions: Mapping[str, Any]
+    arms: Sequence[Arm] = field(default_factory=tuple)
+
+    def write(self, directory: Path) -> list[Path]:
+        """Write ``results.json`` and ``results.md``; return their paths."""
+        as_json, as_table = directory / "results.json", directory / "results.md"
+        files.write_json(
+            as_json, {"conditions": dict(self.conditions), "arms": [asdict(arm) for arm in self.arms]}
+        )
+        files.write_text(as_table, self.markdown())
+        return [as_json, as_table]
+
+    def markdown(self) -> str:
+        """Return conditions and table as a page."""
+        lines = [f"- {name}: {_plain(value)}" for name, value in self.conditions.items()]
+        header = list(COLUMNS)
+        rows = [row(arm, self.arms[0]) for arm in self.arms]
+        table = [f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows]]
+        return "\n".join([*lines, "", *table, ""])
+
+
+COLUMNS = ("network", "test accuracy %", "MACs", "kept", "params", "kept", "epochs", "seconds")
+
+
+def row(arm: Arm, reference: Arm) -> list[str]:
+    """Return an arm's cells, in the order of ``COLUMNS``."""
+    return [
+        arm.name,
+        arm.accuracy,
+        f"{arm.macs:,}",
+        f"{arm.macs / reference.macs:.4f}",
+        f"{arm.params:,}",
+        f"{arm.params / reference.params:.4f}",
+        str(arm.epochs) if arm.epochs else "-",
+        f"{arm.seconds:.0f}" if arm.seconds else "-",
+    ]
+
+
+def environment() -> dict[str, str]:
+    """Return the versions and the kind of machine that a result was made with."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from a source tree
+            found[package] = "not installed"
+    return {**found, "machine": f"{sys.platform} {platform.machine()}"}
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_plain(part)}" for name, part in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_plain, value))
+    return str(value)
