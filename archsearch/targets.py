@@ -12,7 +12,7 @@ from archsearch.errors import UsageError
 Resource: TypeAlias = Literal["flops", "params", "memory"]
 
 _MULTIPLES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_PATTERN = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(%|[KMGT]?)B?", re.IGNORECASE)
+_PATTERN = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(%|[KMGT]?B?)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Target:
             raise UsageError(
                 f"--{resource} {text}: give the share that stays, such as 0.5 or 50%, or a limit such as 60M"
             )
-        number, unit = Fraction(match[1]), match[2].upper()
+        number, unit = Fraction(match[1]), match[2].upper().removesuffix("B")
         if number <= 0:
             raise UsageError(f"--{resource} {text}: a target is above zero")
         if unit == "%" or (not unit and number <= 1):

@@ -87,6 +87,19 @@ def verify(
     return Verification(worst, problem, tuple(sorted(replay.over_kept)))
 
 
+def wrong_groups(model: nn.Module, graph: ChannelGraph, selection: Selection, example: Any) -> set[str]:
+    """Return the groups of a selection that fail verification when they alone are pruned.
+
+    None where the whole selection is right; all where it is wrong but no group alone is.
+    """
+    if verify(model, graph, selection, example).ok:
+        return set()
+    full = {name: np.arange(group.size) for name, group in graph.groups.items()}
+    alone = {name: {**full, name: selection[name]} for name in graph.groups}
+    failing = {name for name, only in alone.items() if not verify(model, graph, only, example).ok}
+    return failing or set(graph.groups)
+
+
 def randomised(model: nn.Module, seed: int) -> nn.Module:
     """Return a copy with random norm scales, shifts and statistics, and no parameter constant."""
     changed = copy.deepcopy(model)
@@ -133,7 +146,7 @@ class _OverKept(OpMode):
                 kept = self._kept[self._graph.unit_of_atom[atoms]]
                 if kept.all():
                     continue
-                indices = torch.from_numpy(np.flatnonzero(kept))
+                indices = torch.from_numpy(np.flatnonzero(kept)).to(narrowed[position].device)
                 full = narrowed[position].shape[dim]
                 narrowed[position] = narrowed[position].index_select(dim, indices)
                 restored[dim] = indices, full
@@ -183,9 +196,15 @@ def rehearse(model: nn.Module, graph: ChannelGraph, example: Any, *, seed: int =
         The graph, with all groups that rehearsal proved wrong frozen.
     """
     while graph.groups:
-        fault = _Rehearsal(graph, random_selection(graph, seed)).fault_of(model, example)
+        selection = random_selection(graph, seed)
+        fault = _Rehearsal(graph, selection).fault_of(model, example)
         if fault is None:
-            return graph
+            # Code that cuts channels at a fixed index may run on others than it means.
+            wrong = wrong_groups(model, graph, selection, example) if graph.trace.labels.told_apart else set()
+            if not wrong:
+                return graph
+            graph = freeze_groups(graph, wrong, "the model's code cuts its channels at a fixed index")
+            continue
         guilty = _groups_at(graph, fault.step, fault.line) or set(graph.groups)
         where = f" at {fault.line[0].rpartition('/')[2]}:{fault.line[1]}" if fault.line else ""
         graph = freeze_groups(graph, guilty, f"the model's code needs its size{where}: {fault.message}")
