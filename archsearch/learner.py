@@ -45,7 +45,7 @@ class Learner:
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.average = Average(model, recipe.ema_decay) if recipe.ema_decay else None
         self._optimizer = build_optimizer(model, recipe)
-        self._had_own_forward = "forward" in model.__dict__
+        self._attributes = set(model.__dict__)
         self._wrapped = accelerator.prepare_model(model)
         self._stepper = accelerator.prepare_optimizer(self._optimizer)
         self._forward = torch.compile(self._wrapped) if recipe.compile else self._wrapped
@@ -140,8 +140,9 @@ class Learner:
     def release(self) -> None:
         """Leave the network as it was given: without wrappers and gradients, contiguous in memory."""
         self._accelerator.unwrap_model(self._wrapped, keep_fp32_wrapper=False)
-        if not self._had_own_forward:
-            self.model.__dict__.pop("forward", None)
+        # What stays would make Accelerate take the network for prepared and skip it the next time.
+        for name in set(self.model.__dict__) - self._attributes:
+            delattr(self.model, name)
         self.model.zero_grad(set_to_none=True)
         self.model.to(memory_format=torch.contiguous_format)
 

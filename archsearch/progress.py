@@ -22,7 +22,7 @@ class ProgressBar(Callback):
 
     def __init__(self, label: str, console: Console | None = None) -> None:
         self._label = label
-        self._console = console or Console(stderr=True)
+        self._console = console or Console(stderr=True, soft_wrap=True)
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._shown_at = self._started_at = self._epoch_at = 0.0

@@ -128,7 +128,7 @@ def serve(pipe: Connection, options: argparse.Namespace, ours: bool) -> None:
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, float]]:
-    """Return the median images per second, then per CPU second, of each body; both processes' rounds alternate."""
+    """Return for each body the median images per second, and the same per CPU second."""
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     workers = []
@@ -167,8 +167,8 @@ def main() -> None:
     options = parser.parse_args()
     wall, cpu = measure(options)
     print(
-        f"{options.model}, {options.images} images 3x32x32, batch {options.batch_size}, {options.threads} threads,"
-        f" {options.workers} loader workers, ours in {options.precision},\n"
+        f"{options.model}, {options.images} images 3x32x32, batch {options.batch_size},"
+        f" {options.threads} threads, {options.workers} loader workers, ours in {options.precision},\n"
         f"torch {torch.__version__}, {platform.machine()} {torch.backends.cpu.get_cpu_capability()},"
         f" median of {options.rounds} rounds\n"
         f"{'images':14}{'per second':>14}{'per CPU second':>16}"
