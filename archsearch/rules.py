@@ -610,13 +610,19 @@ def matmul(call: Call) -> None:
     "_scaled_dot_product_attention_math",
 )
 def attention(call: Call) -> None:
-    """Contract queries with keys and weights with values, all ``(N, heads, length, channels)``."""
+    """Contract queries with keys and weights with values, all ``(N, heads, length, channels)``.
+
+    The fused kernels are for heads of one size: values go with queries, or torch would run other ops.
+    """
     query, key, value = call.tensors[:3]
     q, k, v = (call.labels_of(t) for t in (query, key, value))
     last = query.dim() - 1
     call.match(q.get(last), k.get(last), query.shape[last])
     call.mix(0, q, {last})
     call.mix(1, k, {last})
+    if last in q and last in v:
+        call.labels.tie(q[last], v[last])
+        call.mix(2, v, {last})
     for labels in (q, k, v):
         call.freeze_except(labels, {last})
     if len(call.tensors) > 3:

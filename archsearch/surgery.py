@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +41,7 @@ def mask(model: nn.Module, graph: ChannelGraph, selection: Selection) -> nn.Modu
 
 
 def kept_slices(model: nn.Module, graph: ChannelGraph, selection: Selection) -> dict[str, torch.Tensor]:
-    """Return what each parameter and buffer of ``model`` keeps."""
+    """Return what each parameter and buffer of ``model`` keeps, a shared one under each of its names."""
     kept = graph.kept_units(selection)
     tensors = {}
     for name, tensor in model_tensors(model).items():
@@ -50,7 +51,9 @@ def kept_slices(model: nn.Module, graph: ChannelGraph, selection: Selection) -> 
             if units is not None and not kept[units].all():
                 part = part.index_select(dim, _indices(kept[units], tensor))
         tensors[name] = part
-    return tensors
+    names = {id(tensor): name for name, tensor in model_tensors(model).items()}
+    every_name = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    return {name: tensors[names[id(tensor)]] for name, tensor in chain(*every_name)}
 
 
 def _indices(wanted: npt.NDArray[np.bool_], like: torch.Tensor) -> torch.Tensor:

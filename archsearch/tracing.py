@@ -114,7 +114,7 @@ class _Tracer(OpMode):
                 Op(
                     name,
                     code_line(sys._getframe(1)),
-                    [labels for labels in map(trace.labels.of, inputs) if labels],
+                    list(map(trace.labels.of, inputs)),
                     [(tuple(tensor.shape), trace.labels.of(tensor)) for tensor in call.outputs],
                 )
             )

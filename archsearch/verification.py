@@ -21,7 +21,7 @@ from archsearch.grouping import freeze_groups
 from archsearch.labels import DimLabels
 from archsearch.rules import Mix, op_name
 from archsearch.surgery import mask, shrink
-from archsearch.tracing import OpMode, call_model, failing_line, model_tensors, output_tensors, untouched
+from archsearch.tracing import Op, OpMode, call_model, failing_line, model_tensors, output_tensors, untouched
 
 TOLERANCE = 1e-5
 """Largest ``max |a - b| / max |b|`` between a shrunken network and the masked reference, in float32."""
@@ -129,13 +129,15 @@ class _OverKept(OpMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        trace, step = self._graph.trace, self._step
-        self._step += 1
-        mix = trace.mixes.get(step)
-        if step >= len(trace.ops) or trace.ops[step].name != op_name(func):
-            self.lost = True
-        elif mix is not None:
-            return self._run(mix, func, args, kwargs or {})
+        trace = self._graph.trace
+        try:
+            step = _follow(trace.ops, self._step, op_name(func))
+        except _WrongOpError:
+            self.lost, step = True, None
+        if step is not None:
+            self._step = step + 1
+            if step in trace.mixes:
+                return self._run(trace.mixes[step], func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
     def _run(self, mix: Mix, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -166,6 +168,8 @@ class _OverKept(OpMode):
 _KEEPS_SHAPE = {
     "aten::native_layer_norm", "aten::native_group_norm", "aten::_fused_rms_norm",
     "aten::_softmax", "aten::_safe_softmax", "aten::_log_softmax", "aten::_weight_norm_interface",
+    "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention",
 }  # fmt: skip
 
 
@@ -237,13 +241,31 @@ class _Fault:
     message: str
 
 
-class _WrongShapeError(Exception):
-    pass
+class _WrongOpError(Exception):
+    """A second run does not do what the trace says."""
 
 
-# A reshape copies only where it has to, and a dimension that shrinks to 1 can spare the copy.
+# A reshape copies only where it has to, which depends on sizes (of 1) and on the layout in memory.
 _COPIES = {"aten::clone", "aten::contiguous"}
 _RESHAPES = {"aten::_unsafe_view": "aten::view", "aten::_reshape_alias": "aten::view"}
+
+
+def _follow(ops: list[Op], step: int, name: str) -> int | None:
+    """Return which op of the trace, from ``step`` on, an op of another run is.
+
+    Copies that the run spares are passed over; ``None`` is a copy that the trace does not have.
+
+    Raises:
+        _WrongOpError: If the run does something else.
+    """
+    while name not in _COPIES and step < len(ops) and ops[step].name in _COPIES:
+        step += 1
+    expects = ops[step].name if step < len(ops) else ""
+    if name in _COPIES and expects not in _COPIES:
+        return None
+    if _RESHAPES.get(expects, expects) != _RESHAPES.get(name, name):
+        raise _WrongOpError("other ops run")
+    return step
 
 
 class _Rehearsal(OpMode):
@@ -263,8 +285,9 @@ class _Rehearsal(OpMode):
             try:
                 with self:
                     call_model(small, example)
-            except _WrongShapeError as error:
-                return _Fault(self._step, ops[self._step].line, str(error))
+            except _WrongOpError as error:
+                step = min(self._step, len(ops) - 1)
+                return _Fault(step, ops[step].line, str(error))
             except Exception as error:
                 step = min(self._step, len(ops) - 1)
                 message = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -275,21 +298,17 @@ class _Rehearsal(OpMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        ops, name = self._graph.trace.ops, op_name(func)
-        while name not in _COPIES and self._step < len(ops) and ops[self._step].name in _COPIES:
-            self._step += 1
-        expects = ops[self._step].name if self._step < len(ops) else ""
-        if name in _COPIES and expects not in _COPIES:
+        ops = self._graph.trace.ops
+        step = _follow(ops, self._step, op_name(func))
+        if step is None:
             return result
-        if _RESHAPES.get(expects, expects) != _RESHAPES.get(name, name):
-            self._step = min(self._step, len(ops) - 1)
-            raise _WrongShapeError("other ops run")
-        for tensor, (shape, labels) in zip(output_tensors(result), ops[self._step].outputs, strict=True):
+        self._step = step
+        for tensor, (shape, labels) in zip(output_tensors(result), ops[step].outputs, strict=True):
             expected = list(shape)
             for dim, atoms in labels.items():
                 expected[dim] = int(self._kept[self._graph.unit_of_atom[atoms]].sum())
             if list(tensor.shape) != expected:
-                raise _WrongShapeError(f"{op_name(func)} gives {list(tensor.shape)}, not {expected}")
+                raise _WrongOpError(f"{op_name(func)} gives {list(tensor.shape)}, not {expected}")
         self._step += 1
         return result
 

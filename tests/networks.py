@@ -32,7 +32,7 @@ class Network:
     params: int
     frozen: dict[str, int] = field(default_factory=dict)
 
-    def build(self) -> nn.Module:
+    def build(self) -> Any:  # not a Module: tests look at layers by their names
         """Return the network, the same at every call."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -75,7 +75,7 @@ class Chain(nn.Module):
         self.bn2 = nn.BatchNorm2d(12)
         self.fc = nn.Linear(12, 10)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = F.relu(self.bn1(self.conv1(x)))
         return self.fc(pooled(F.relu(self.bn2(self.conv2(x)))))
 
@@ -98,7 +98,7 @@ class Residual(nn.Module):
         self.bn2 = nn.BatchNorm2d(8)
         self.fc = nn.Linear(8, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = F.relu(self.bn0(self.stem(x)))
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         y += x
@@ -121,7 +121,7 @@ class Concat(nn.Module):
         self.c = nn.Conv2d(10, 8, 1)
         self.fc = nn.Linear(8, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.fc(pooled(self.c(F.relu(self.bn(torch.cat([self.a(x), self.b(x)], 1))))))
 
 
@@ -145,7 +145,7 @@ class InvertedBottleneck(nn.Module):
         self.project = nn.Conv2d(8, 6, 1)
         self.fc = nn.Linear(6, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = F.hardswish(self.depthwise(F.relu6(self.bn(self.expand(x)))))
         gate = torch.sigmoid(self.excite(F.relu(self.squeeze(F.adaptive_avg_pool2d(x, 1)))))
         return self.fc(pooled(self.project(x * gate)))
@@ -165,7 +165,7 @@ class Grouped(nn.Module):
         self.conv2 = nn.Conv2d(8, 12, 3, padding=1, groups=4)
         self.conv3 = nn.Conv2d(12, 5, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.conv3(F.relu(self.conv2(F.relu(self.conv1(x)))))
 
 
@@ -183,7 +183,7 @@ class Shuffled(nn.Module):
         self.conv2 = nn.Conv2d(8, 6, 1)
         self.fc = nn.Linear(6, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = self.conv1(x)
         n, c, h, w = x.shape
         x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
@@ -204,7 +204,7 @@ class Flattened(nn.Module):
         self.fc1 = nn.Linear(4 * 2 * 2, 7)
         self.fc2 = nn.Linear(7, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = F.max_pool2d(F.relu(self.conv1(x)), 4)
         return self.fc2(F.relu(self.fc1(torch.flatten(x, 1))))
 
@@ -227,7 +227,7 @@ class PaddedShortcut(nn.Module):
         self.conv2 = nn.Conv2d(6, 8, 3, padding=1)
         self.fc = nn.Linear(8, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = F.relu(self.stem(x))
         shortcut = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2))
         return self.fc(pooled(F.relu(self.conv2(F.relu(self.conv1(x))) + shortcut)))
@@ -247,7 +247,7 @@ class UsedTwice(nn.Module):
         self.again = nn.Conv2d(8, 8, 3, padding=1)
         self.fc = nn.Linear(8, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = F.relu(self.stem(x))
         for _ in range(2):
             x = F.relu(self.again(x))
@@ -270,7 +270,7 @@ class SharedParameter(nn.Module):
         self.b.weight = self.a.weight
         self.fc = nn.Linear(6, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.fc(F.relu(self.b(F.relu(self.a(F.relu(self.stem(x)))))))
 
 
@@ -287,7 +287,7 @@ class TiedAutoencoder(nn.Module):
         self.encoder = nn.Linear(8, 6)
         self.shift = nn.Parameter(torch.randn(8))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return F.linear(torch.tanh(self.encoder(x)), self.encoder.weight.t(), self.shift)
 
 
@@ -307,7 +307,7 @@ class Functional(nn.Module):
         self.scale = nn.Parameter(torch.randn(6, 1, 1))
         self.matrix = nn.Parameter(torch.randn(6, 5))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return pooled(torch.tanh(F.conv2d(x, self.kernel)) * self.scale) @ self.matrix
 
 
@@ -328,7 +328,7 @@ class TwoHeads(nn.Module):
         self.b1 = nn.Linear(6, 4)
         self.b2 = nn.Linear(4, 3)
 
-    def forward(self, x: Tensor) -> dict[str, Any]:
+    def forward(self, x: Tensor) -> Any:
         x = pooled(F.relu(self.conv(x)))
         return {"a": self.a(x), "rest": (self.b2(F.relu(self.b1(x))), None)}
 
@@ -347,7 +347,7 @@ class Transposed(nn.Module):
         self.up = nn.ConvTranspose2d(8, 6, 2, stride=2)
         self.out = nn.Conv2d(6, 3, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.out(F.relu(self.up(F.relu(self.conv1(x)))))
 
 
@@ -368,7 +368,7 @@ class TransposedDepthwise(nn.Module):
         self.grouped = nn.ConvTranspose2d(4, 4, 4, stride=1, groups=2)
         self.out = nn.Conv2d(4, 5, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = F.relu(self.up(self.depthwise(F.relu(self.conv1(x)))))
         return self.out(F.relu(self.grouped(x))[..., 1:9, 1:9])
 
@@ -389,7 +389,7 @@ class GroupNormed(nn.Module):
         self.norm2 = nn.GroupNorm(1, 6)
         self.fc = nn.Linear(6, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = F.relu(self.norm1(self.conv1(x)))
         return self.fc(pooled(F.relu(self.norm2(self.conv2(x)))))
 
@@ -410,7 +410,7 @@ class LayerNormed(nn.Module):
         self.norm2 = nn.RMSNorm(8)
         self.fc3 = nn.Linear(8, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.fc3(F.gelu(self.norm2(self.fc2(F.gelu(self.norm1(self.fc1(x)))))))
 
 
@@ -434,7 +434,7 @@ class Attention(nn.Module):
         self.fc1, self.fc2 = nn.Linear(8, 16), nn.Linear(16, 8)
         self.head = nn.Linear(8, 3)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = self.embed(x)
         n, tokens, _ = x.shape
         q, k, v = self.qkv(self.norm1(x)).reshape(n, tokens, 3, 2, -1).permute(2, 0, 3, 1, 4)
@@ -442,6 +442,31 @@ class Attention(nn.Module):
         x = x + self.out((weights @ v).transpose(1, 2).reshape(n, tokens, -1))
         x = x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
         return self.head(x.mean(1))
+
+
+@_network(
+    (2, 6, 5),
+    groups={"embed": 8, "q": 4},  # a channel of each head of queries, keys and values
+    macs=2 * (6 * (5 * 8 + 4 * 8 * 8) + 2 * (2 * 6 * 6 * 4) + 8 * 3),  # for the two inputs
+    params=5 * 8 + 8 + 4 * (8 * 8 + 8) + 8 * 3 + 3,
+    frozen={"head": 3},
+)
+class FusedAttention(nn.Module):
+    """Queries, keys and values from layers of their own, and torch's fused attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(5, 8)
+        self.q, self.k, self.v = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.out = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.embed(x)
+        n, tokens, _ = x.shape
+        q, k, v = (layer(x).reshape(n, tokens, 2, -1).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.head((x + self.out(mixed.transpose(1, 2).reshape(n, tokens, -1))).mean(1))
 
 
 @_network(
@@ -458,7 +483,7 @@ class Halves(nn.Module):
         self.conv2 = nn.Conv2d(4, 6, 1)
         self.fc = nn.Linear(6, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         value, gate = self.conv1(x).chunk(2, dim=1)
         return self.fc(pooled(F.relu(self.conv2(value * torch.sigmoid(gate)))))
 
@@ -481,7 +506,7 @@ class Auxiliary(nn.Module):
         self.norm = nn.BatchNorm2d(4)
         self.aux2 = nn.Linear(4, 5)
 
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> Any:
         x = F.relu(self.conv1(x))
         main = self.fc(pooled(x))
         if self.training:
@@ -507,7 +532,7 @@ class OneDimensional(nn.Module):
         self.conv2 = nn.Conv1d(6, 4, 3, stride=2, padding=1)
         self.fc = nn.Linear(32, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.fc(torch.relu(self.conv2(self.prelu(self.norm(self.conv1(x))))).flatten(1))
 
 
@@ -525,7 +550,7 @@ class PixelShuffled(nn.Module):
         self.conv2 = nn.Conv2d(2, 5, 1)
         self.fc = nn.Linear(5, 4)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.fc(pooled(F.relu(self.conv2(F.relu(F.pixel_shuffle(self.conv1(x), 2))))))
 
 
@@ -544,7 +569,7 @@ class WeightNormed(nn.Module):
         self.conv2 = parametrizations.weight_norm(nn.Conv2d(8, 6, 3))
         self.fc = nn.Linear(6, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.fc(pooled(F.relu(self.conv2(F.relu(self.conv1(x))))))
 
 
@@ -560,7 +585,7 @@ class UnequalParts(nn.Module):
         self.a = nn.Conv2d(3, 6, 1)
         self.b = nn.Conv2d(5, 6, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         a, b = torch.split(self.conv1(x), [3, 5], dim=1)
         return pooled(F.relu(self.a(a)) + F.relu(self.b(b)))
 
@@ -574,7 +599,7 @@ class MeasuredParts(nn.Module):
         self.a = nn.Conv2d(3, 6, 1)
         self.b = nn.Conv2d(5, 6, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         a, b = torch.split(self.conv1(x), [self.a.in_channels, self.b.in_channels], dim=1)
         return pooled(F.relu(self.a(a)) + F.relu(self.b(b)))
 
@@ -588,7 +613,7 @@ class HardCoded(nn.Module):
         self.conv2 = nn.Conv2d(6, 4, 1)
         self.fc = nn.Linear(16, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = F.max_pool2d(self.conv2(F.relu(self.conv1(x))), 4)
         return self.fc(x.view(-1, 16))  # the constant
 
@@ -603,7 +628,7 @@ class Sorted(nn.Module):
         self.conv3 = nn.Conv2d(4, 4, 1)
         self.fc = nn.Linear(4, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = self.conv2(F.relu(self.conv1(x)))
         return self.fc(pooled(self.conv3(torch.sort(x, dim=1).values)))
 
@@ -618,7 +643,7 @@ class Recurrent(nn.Module):
         self.hidden = nn.Linear(4, 7)
         self.fc = nn.Linear(7, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.fc(F.relu(self.hidden(self.lstm(self.embed(x))[0][:, -1])))
 
 
@@ -631,7 +656,7 @@ class TwoInputs(nn.Module):
         self.right = nn.Conv2d(1, 6, 1)
         self.fc = nn.Linear(6, 5)
 
-    def forward(self, image: Tensor, depth: Tensor, scale: float = 1.0) -> Tensor:
+    def forward(self, image: Tensor, depth: Tensor, scale: float = 1.0) -> Any:
         return self.fc(pooled(F.relu(self.left(image) + scale * self.right(depth))))
 
 
@@ -644,5 +669,5 @@ class Tokens(nn.Module):
         self.position = nn.Parameter(torch.randn(1, 4, 6))
         self.fc = nn.Linear(6, 5)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor) -> Any:
         return self.fc((self.table(tokens) + self.position).mean(1))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ class Gated(nn.Module):
         self.b = nn.Linear(7, 6)
         self.fc = nn.Linear(6, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = self.before(x)
         return self.fc(gated_add(self.a(x), self.b(x)))
 
@@ -97,7 +98,7 @@ class Hidden(nn.Module):
         self.op = op
         self.out: nn.Module = nn.LazyConv2d(2, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.out(self.op(self.hidden(x)))  # type: ignore[operator]
 
 
@@ -129,7 +130,9 @@ FREES = {
         "pixel unshuffled": lambda x: torch.nn.functional.pixel_unshuffle(x, 2),
         "instance normalised": lambda x: torch.nn.functional.instance_norm(x),
         "multiplied out": lambda x: torch.einsum("nchw,nchv->ncwv", x, x),
-        "attended to itself": lambda x: (x.flatten(2).transpose(1, 2).softmax(-1) @ x.flatten(2))[:, None][:, [0] * 2],
+        "attended to itself": lambda x: (x.flatten(2).transpose(1, 2).softmax(-1) @ x.flatten(2))[:, None][
+            :, [0] * 2
+        ],
     },
     "keeps the channels": {
         # It expands the norm to the number of channels, which a trace cannot tell from a constant.

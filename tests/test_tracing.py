@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,7 @@ class Noisy(nn.Module):
         self.calls: Tensor
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         self.calls += 1
         return self.fc(F.dropout(torch.relu(self.hidden(x)), 0.5, training=True))
 
@@ -88,7 +89,7 @@ def test_buffers_that_every_call_changes_and_the_random_state_come_back() -> Non
 
 
 def test_the_statistics_of_batch_norm_come_back_after_the_run_in_train_mode() -> None:
-    model = Auxiliary()
+    model: Any = Auxiliary()
     before = copy.deepcopy(model.norm.running_mean)
     graph = channel_graph(model, torch.randn(1, 3, 4, 4))
     assert "aux1" in graph.groups  # so the run in train mode took place
@@ -105,12 +106,14 @@ def test_a_model_that_fails_comes_back_too() -> None:
 
 
 def test_a_wrong_example_is_one_clear_error() -> None:
-    with pytest.raises(ArchsearchError, match=r"fails on an example input of shape \[\(1, 4, 8, 8\)\]: RuntimeError"):
+    with pytest.raises(
+        ArchsearchError, match=r"fails on an example input of shape \[\(1, 4, 8, 8\)\]: RuntimeError"
+    ):
         trace_model(Chain(), torch.randn(1, 4, 8, 8))
 
 
 class Silent(nn.Module):
-    def forward(self, x: Tensor) -> None:
+    def forward(self, x: Tensor) -> Any:
         return None
 
 
@@ -150,8 +153,7 @@ def test_every_op_knows_the_line_of_model_code_behind_it() -> None:
     assert len(convolutions) == 2
     for op, code in zip(convolutions, ["self.conv1(x)", "self.conv2(x)"], strict=True):
         assert op.line is not None and op.line[0] == __file__.replace("test_tracing", "networks")
-        with open(op.line[0]) as file:
-            assert code in file.readlines()[op.line[1] - 1]
+        assert code in Path(op.line[0]).read_text().splitlines()[op.line[1] - 1]
 
 
 def test_only_the_run_in_eval_mode_counts() -> None:
@@ -166,7 +168,7 @@ class OnlyAlone(nn.Module):
         super().__init__()
         self.hidden, self.fc, self.aux = nn.Linear(3, 6), nn.Linear(6, 2), nn.Linear(6, 2)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = torch.relu(self.hidden(x))
         if self.training:
             assert len(x) == 1
@@ -177,13 +179,16 @@ class OnlyAlone(nn.Module):
 def test_parts_that_training_uses_are_found_also_where_a_batch_of_two_fails() -> None:
     model, example = OnlyAlone(), torch.randn(1, 3)
     graph = channel_graph(model, example)
-    small = shrink(model, graph, {"hidden": np.array([0, 4])}).train()
+    small: Any = shrink(model, graph, {"hidden": np.array([0, 4])}).train()
     assert small.aux.in_features == 2
     assert small(example).shape == (1, 2)
 
 
 def test_a_model_in_double_precision_is_traced() -> None:
-    assert channel_graph(Chain().double(), torch.randn(1, 3, 8, 8).double()).sizes == {"conv1": 8, "conv2": 12}
+    assert channel_graph(Chain().double(), torch.randn(1, 3, 8, 8).double()).sizes == {
+        "conv1": 8,
+        "conv2": 12,
+    }
 
 
 def test_a_model_on_the_meta_device_is_traced() -> None:

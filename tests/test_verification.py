@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,14 +44,14 @@ def test_one_unit_of_each_group_is_enough(network: Network) -> None:
 
 @networks
 def test_a_wrong_slice_is_detected(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The small network keeps as many units as it should, but one of one group is another."""
+    """The small network keeps as many units as it should, but of one group the last ones."""
     model, example = network.build(), network.example()
     graph = channel_graph(model, example)
     for group in graph.sizes:
         if group == "aux1":
             continue  # an auxiliary head has no part in the output in eval mode
-        right = {name: np.arange(max(1, size - 1)) for name, size in graph.sizes.items()}
-        wrong = {**right, group: np.append(right[group][:-1], graph.sizes[group] - 1)}
+        right = {name: np.arange(max(1, 2 * size // 3)) for name, size in graph.sizes.items()}
+        wrong = {**right, group: right[group] + graph.sizes[group] - len(right[group])}
 
         def shrink_wrongly(model: nn.Module, graph: ChannelGraph, _: Selection) -> nn.Module:
             return shrink(model, graph, wrong)  # noqa: B023  used in this turn only
@@ -66,7 +68,7 @@ class Joined(nn.Module):
         super().__init__()
         self.a, self.b, self.out = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(8, 5, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.out(torch.cat([self.a(x), self.b(x)], 1))
 
 
@@ -91,8 +93,8 @@ def test_a_result_that_is_not_a_number_is_detected_in_any_output(monkeypatch: py
     model, example = network.build(), network.example()
     graph = channel_graph(model, example)
 
-    def spoil(model: nn.Module, graph: ChannelGraph, selection: Selection) -> nn.Module:
-        small = shrink(model, graph, selection)
+    def spoil(model: nn.Module, graph: ChannelGraph, selection: Selection) -> Any:
+        small: Any = shrink(model, graph, selection)
         with torch.no_grad():
             small.b2.bias.fill_(float("nan"))
         return small
@@ -111,9 +113,8 @@ def test_a_network_that_does_not_run_says_what_it_raised() -> None:
 
 def line_of(code: str) -> int:
     """Return the number of the only line in networks.py with this code."""
-    path = __file__.replace("test_verification", "networks")
-    with open(path) as file:
-        (number,) = [number for number, line in enumerate(file, 1) if code in line]
+    lines = (Path(__file__).parent / "networks.py").read_text().splitlines()
+    (number,) = [number for number, line in enumerate(lines, 1) if code in line]
     return number
 
 
@@ -138,14 +139,14 @@ def test_hard_coded_parts_freeze_their_layer_and_measured_parts_do_not() -> None
 
 
 class SilentConstant(nn.Module):
-    """Sums the first four channels and the others: with fewer channels it runs, and computes something else."""
+    """Sums the first four channels and the others: with fewer it runs, and computes something else."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 8, 1)
         self.fc = nn.Linear(4, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = self.conv1(x)
         return self.fc(pooled(x[:, :4] + x[:, 4:8]))
 
@@ -158,7 +159,7 @@ class Compared(nn.Module):
         self.conv1 = nn.Conv2d(3, 8, 1)
         self.fc = nn.Linear(8, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = pooled(self.conv1(x))
         return self.fc(x if x.shape[1] == 8 else F.relu(x))
 
@@ -189,7 +190,9 @@ def test_rehearsal_freezes_nothing_where_nothing_is_hard_coded(network: Network)
         ("Chain", set()),
     ],
 )
-def test_ops_that_read_all_channels_are_named_and_compared_over_the_kept_ones(name: str, ops: set[str]) -> None:
+def test_ops_that_read_all_channels_are_named_and_compared_over_the_kept_ones(
+    name: str, ops: set[str]
+) -> None:
     model, example = NETWORKS[name].build(), NETWORKS[name].example()
     graph = channel_graph(model, example)
     result = verify(model, graph, random_selection(graph, 0, 0.5), example)
@@ -199,7 +202,7 @@ def test_ops_that_read_all_channels_are_named_and_compared_over_the_kept_ones(na
 
 def test_a_layer_norm_over_the_kept_channels_is_torchs_own() -> None:
     """Worked out without the library: normalise the kept features, scale, shift and add them up."""
-    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2))
+    model: Any = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2))
     example = torch.randn(3, 4)
     graph = channel_graph(model, example)
     kept = [0, 3, 5]
@@ -212,11 +215,12 @@ def test_a_layer_norm_over_the_kept_channels_is_torchs_own() -> None:
 
 
 def test_random_statistics_leave_no_parameter_constant() -> None:
-    model = randomised(NETWORKS["Chain"].build(), 0)
+    model: Any = randomised(NETWORKS["Chain"].build(), 0)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         assert tensor.numel() < 2 or tensor.min() < tensor.max(), name
     assert (model.bn1.running_var > 0).all()
-    assert torch.equal(randomised(model, 3).bn1.bias, randomised(model, 3).bn1.bias)
+    again: Any = randomised(model, 0)
+    assert torch.equal(again.bn1.bias, randomised(model, 0).get_parameter("bn1.bias"))
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.3, 0.5, 1.0])
@@ -241,7 +245,7 @@ class Step(nn.Module):
         self.function = function
         self.layers = nn.ModuleList(layers)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.function(x, *self.layers)
 
 
@@ -257,7 +261,7 @@ def attended(x: Tensor) -> Tensor:
     return (weights @ heads).transpose(2, 3).reshape(n, c, h, w)
 
 
-def channels_last(x: Tensor, layer: nn.Module) -> Tensor:
+def channels_last(x: Tensor, layer: nn.Module) -> Any:
     return layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
@@ -274,7 +278,11 @@ STEPS: dict[str, Callable[[int], tuple[Step, int]]] = {
     "layer norm": lambda c: (Step(channels_last, nn.LayerNorm(c)), c),
     "linear": lambda c: (Step(channels_last, nn.Linear(c, 6)), 6),
     "excitation": lambda c: (
-        Step(lambda x, a, b: x * torch.sigmoid(b(a(pooled(x))))[..., None, None], nn.Linear(c, 2), nn.Linear(2, c)),
+        Step(
+            lambda x, a, b: x * torch.sigmoid(b(a(pooled(x))))[..., None, None],
+            nn.Linear(c, 2),
+            nn.Linear(2, c),
+        ),
         c,
     ),
     "halves": lambda c: (Step(lambda x: torch.mul(*x.chunk(2, 1))), c // 2),
@@ -316,7 +324,8 @@ def assembled(program: list[str], flat: bool) -> nn.Module:
 @settings(max_examples=80, deadline=None)
 @given(programs(), st.booleans(), st.integers(0, 99))
 def test_any_network_of_known_structures_shrinks_rightly(program: list[str], flat: bool, seed: int) -> None:
-    model, example = assembled(program, flat), torch.randn(1, 3, 6, 6)
+    # In double precision: a norm over two channels that are nearly equal amplifies rounding a lot.
+    model, example = assembled(program, flat).double(), torch.randn(1, 3, 6, 6).double()
     graph = channel_graph(model, example)
     assert not graph.unknown_ops
     graph = rehearse(model, graph, example)
