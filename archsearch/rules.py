@@ -107,7 +107,8 @@ class Call:
                 if size == 1 or dim + offset < 0:
                     continue
                 if dim not in labels:
-                    fixed.add(dim + offset)
+                    if tensor.stride(dim):  # one element, expanded, fits any size
+                        fixed.add(dim + offset)
                 elif dim + offset in dims:
                     self.labels.tie(dims[dim + offset], labels[dim])
                 else:
@@ -278,9 +279,8 @@ def _carry(
     if spread.ndim > 1 and (spread != carried).any():
         call.labels.tie(spread, carried)
     carried = carried.reshape(-1)
-    if after[axis] in dims:
-        call.labels.freeze(carried, f"{call.name} merges two prunable dimensions")
-        call.labels.freeze(dims[after[axis]], f"{call.name} merges two prunable dimensions")
+    if after[axis] in dims:  # one label an index: the outer dimension keeps it, the inner keeps its size
+        call.labels.freeze(carried, f"{call.name} merges it into another dimension")
     else:
         dims[after[axis]] = carried
 
@@ -650,6 +650,11 @@ def batch_norm(call: Call) -> None:
         if atoms is not None:
             call.match(channels, atoms, x.shape[1])
     call.set(call.labels_of(x))
+    if len(call.tensors) < 4 or call.tensors[3].numel() == 0:  # no running statistics: those of this input
+        call.mix(0, call.labels_of(x), call.labels_of(x).keys() - {1})
+    if channels is not None:
+        for statistic in call.outputs[1:]:
+            call.set({0: channels} if statistic.numel() else {}, statistic)
     if x.dim() == 4:
         call.count_elements(2, x)
 

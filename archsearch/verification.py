@@ -166,7 +166,7 @@ class _OverKept(OpMode):
 
 
 _KEEPS_SHAPE = {
-    "aten::native_layer_norm", "aten::native_group_norm", "aten::_fused_rms_norm",
+    "aten::native_layer_norm", "aten::native_group_norm", "aten::_fused_rms_norm", "aten::native_batch_norm",
     "aten::_softmax", "aten::_safe_softmax", "aten::_log_softmax", "aten::_weight_norm_interface",
     "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention",

@@ -129,14 +129,13 @@ FREES = {
         "centred over channels": lambda x: x - x.mean(1, keepdim=True),
         "pixel unshuffled": lambda x: torch.nn.functional.pixel_unshuffle(x, 2),
         "instance normalised": lambda x: torch.nn.functional.instance_norm(x),
+        "normalised": lambda x: torch.nn.functional.normalize(x, dim=1),
         "multiplied out": lambda x: torch.einsum("nchw,nchv->ncwv", x, x),
         "attended to itself": lambda x: (x.flatten(2).transpose(1, 2).softmax(-1) @ x.flatten(2))[:, None][
             :, [0] * 2
         ],
     },
     "keeps the channels": {
-        # It expands the norm to the number of channels, which a trace cannot tell from a constant.
-        "normalised": lambda x: torch.nn.functional.normalize(x, dim=1),
         "rolled over channels": lambda x: x.roll(1, 1),
         "flipped over channels": lambda x: x.flip(1),
         "cumulated over channels": lambda x: x.cumsum(1),

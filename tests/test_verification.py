@@ -346,3 +346,25 @@ def test_nothing_is_hard_coded_in_them(program: list[str], flat: bool) -> None:
     graph = channel_graph(model, example)
     assert rehearse(model, graph, example).sizes == graph.sizes
     assert not any(re.search("needs its size", layer.reason) for layer in graph.frozen)
+
+
+class Standardised(nn.Conv2d):
+    """A convolution whose weight is standardised over its inputs before use (Brock et al., 2021)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(flat, None, None, training=True).reshape_as(self.weight)
+        return F.conv2d(x, weight, self.bias, padding=1)
+
+
+def test_a_standardised_weight_is_pruned_and_its_statistics_are_of_the_kept_inputs() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        Standardised(3, 8, 3), nn.ReLU(), Standardised(8, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(96, 2)
+    )
+    example = torch.randn(1, 3, 4, 4)
+    graph = rehearse(model, channel_graph(model, example), example)
+    assert graph.sizes == {"0": 8, "2": 6}
+    found = verify(model, graph, random_selection(graph, 0, 0.5), example)
+    assert found.ok, found
+    assert found.over_kept == ("aten::native_batch_norm",)
