@@ -221,13 +221,15 @@ def random_selection(graph: ChannelGraph, seed: int, keep: float | None = None) 
     Args:
         graph: The channel groups.
         seed: Of the choice.
-        keep: Share of each group that stays, at least one unit; by default a random one of ``[0.3, 0.7]``.
+        keep: Share of each group that stays, at least one unit; by default a random one of ``[0.3, 0.7]``,
+            and two units where that drops any: torch runs other ops on dimensions of size 1.
     """
     draw = np.random.default_rng(seed)
     selection = {}
     for name, group in graph.groups.items():
         share = draw.uniform(0.3, 0.7) if keep is None else keep
-        width = min(group.size, max(1, round(group.size * share)))
+        fewest = 2 if keep is None and group.size > 2 else 1
+        width = min(group.size, max(fewest, round(group.size * share)))
         selection[name] = np.sort(draw.choice(group.size, width, replace=False))
     return selection
 
