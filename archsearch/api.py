@@ -20,7 +20,7 @@ from archsearch.pipeline import find as run_plan
 from archsearch.presets import PRESETS
 from archsearch.rebuild import Traced, trace_module, trace_source
 from archsearch.recipe import RECIPES, Recipe
-from archsearch.results import environment
+from archsearch.results import environment, recipe_facts
 from archsearch.space import SearchSpace
 from archsearch.targets import Resource, Target
 
@@ -110,7 +110,9 @@ def find(
     if model is None and chosen is not None:
         model = chosen.model
     if model is None:
-        raise UsageError("no model: give a name such as resnet56, or a network")
+        raise UsageError(
+            "no model: give --model NAME, such as resnet56, or a --preset (from Python, a network)"
+        )
     if chosen is not None:
         chosen.check_model(model if isinstance(model, str) else type(model).__name__)
     resolve_device(device)
@@ -131,12 +133,13 @@ def find(
         seeds=seeds,
         seed=seed,
     )
+    # Names are checked before data is read.
+    source = resolve(model, trust_code=trust_code) if isinstance(model, str) else model
+    given = published_weights(source, weights) if isinstance(source, ModelSource) else None
     if data is not None:
         source_data = data if isinstance(data, DataSource) else load_data(data, **(data_options or {}))
         say(source_data.announcement)
-    if isinstance(model, str):
-        source = resolve(model, trust_code=trust_code)
-        given = published_weights(source, weights)
+    if isinstance(source, ModelSource):
         shape, words = shape_and_arguments(source, source_data, input_shape, classes, arguments)
         traced = trace_source(source, words, shape, seed=seed)
         if given is not None:
@@ -144,7 +147,7 @@ def find(
             weights = None
         trained = given is not None
     else:
-        traced = trace_module(model, example if example is not None else _first_image(source_data))
+        traced = trace_module(source, example if example is not None else _first_image(source_data))
     say(summary(traced))
     trainer = None
     if source_data is not None:
@@ -154,9 +157,7 @@ def find(
         **(conditions or {}),
         "model": traced.name,
         "data": source_data.name if source_data else "none",
-        "recipe": {
-            key: value for key, value in chosen_recipe.as_dict().items() if value != getattr(Recipe, key)
-        },
+        **({"recipe": recipe_facts(chosen_recipe)} if trainer is not None else {}),
         "versions": environment(),
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -200,7 +201,8 @@ def shape_and_arguments(
     shape = tuple(input_shape or (data.input_shape if data else source.input_shape) or ())
     if not shape:
         raise UsageError(f"nothing says what {source.name} takes: give --input-shape C,H,W, or --data")
-    classes = classes or (data.num_classes if data else source.num_classes)
+    if classes is None:
+        classes = data.num_classes if data else source.num_classes
     native = shape == source.input_shape
     words = source.arguments_for(classes, None if native else shape[0], None if native else shape[-1])
     return shape, {**words, **(arguments or {})}

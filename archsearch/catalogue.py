@@ -50,7 +50,19 @@ def _recipes(pattern: str) -> Iterable[str]:
 
 
 def _budgets(pattern: str) -> Iterable[str]:
-    yield from BUDGETS.names(pattern)
+    for name in BUDGETS.names(pattern):
+        budget = BUDGETS[name]
+        epochs = "epochs" if budget.epochs_divisor == 1 else f"epochs / {budget.epochs_divisor}"
+        facts = ["inherited weights" if budget.inherits else "fresh weights"]
+        if not budget.epochs_divisor:
+            facts.append("no training")
+        else:
+            facts.append(
+                f"the recipe's {epochs}{' x FLOPs of the reference / own' if budget.stretch else ''}"
+            )
+            facts += [f"lr / {budget.lr_divisor}"] if budget.lr_divisor != 1 else []
+            facts += [_spelled(budget.changes)] if budget.changes else []
+        yield f"{name:<18} {', '.join(facts)}"
 
 
 def _presets(pattern: str) -> Iterable[str]:
@@ -70,7 +82,13 @@ def _first_line(thing: object) -> str:
 
 
 def _spelled(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in values.items())
+    return ", ".join(f"{name} {_value(value)}" for name, value in values.items())
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(_value, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value).lower()
 
 
 CATALOGUES: Mapping[str, Callable[[str], Iterable[str]]] = {

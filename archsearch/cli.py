@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from archsearch.errors import ArchsearchError, ResourceError, UsageError
+from archsearch.errors import ArchsearchError, ResourceError, SpecError, UnknownNameError, UsageError
 
 if TYPE_CHECKING:
     from archsearch.callbacks import Callback
@@ -32,6 +32,10 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see {self.prog} --help")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            raise UnknownNameError(str(action.metavar or action.dest).lower(), value, action.choices)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         parsed, unknown = super().parse_known_args(args, namespace)
@@ -61,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     find.set_defaults(run=_find)
     _model_options(find)
     target = find.add_argument_group(
-        "target", "what may stay: a share of the reference (0.5, 50%%) or a limit (60M)"
+        "target", "what may stay: a share of the reference (0.5, 50%) or a limit (60M)"
     )
     target.add_argument("--flops", metavar="KEEP", help="multiply-adds that stay (1 FLOP = 1 multiply-add)")
     target.add_argument("--params", metavar="KEEP", help="parameters that stay")
@@ -132,7 +136,10 @@ def build_parser() -> argparse.ArgumentParser:
     names = commands.add_parser("list", help="list models, pruners, data sets, recipes, budgets or presets")
     names.set_defaults(run=_list)
     names.add_argument(
-        "kind", choices=("models", "pruners", "allocations", "data", "recipes", "budgets", "presets")
+        "kind",
+        choices=("models", "pruners", "allocations", "data", "recipes", "budgets", "presets"),
+        metavar="KIND",
+        help="models, pruners, allocations, data, recipes, budgets or presets",
     )
     names.add_argument("pattern", nargs="?", default="*", help="such as 'resnet*' or 'torchvision/*'")
     return parser
@@ -217,14 +224,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser = build_parser()
         options = parser.parse_args(words)
         if options.version:
-            from importlib.metadata import version
+            from archsearch.results import environment
 
-            print(f"archsearch {version('archsearch')}")
+            print(f"archsearch {environment()['archsearch']}")
         elif options.command is None:
             parser.print_help()
         else:
             options.words = words
             options.run(options)
+        sys.stdout.flush()  # a reader that is gone shows here, not when the interpreter ends
         return 0
     except KeyboardInterrupt:
         return _fail("stopped; the same command goes on from the last checkpoint", 130)
@@ -290,7 +298,7 @@ def _find(options: argparse.Namespace) -> None:
         trust_code=options.trust_code,
         out=out,
         store=options.store,
-        conditions={"command": shlex.join(["archsearch", *options.words])},
+        conditions={"command": _command(options.words)},
         say=_say,
         callbacks=_callbacks(options),
     )
@@ -339,10 +347,18 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _show(options: argparse.Namespace) -> None:
-    from archsearch.report import describe_architecture, describe_model, draw_graph, plot_widths
-
     if (options.architecture is None) == (options.model is None):
         raise UsageError("give an architecture file, or --model NAME")
+    from archsearch.report import (
+        check_picture,
+        describe_architecture,
+        describe_model,
+        draw_graph,
+        plot_widths,
+    )
+
+    for picture in (options.plot, options.graph):
+        check_picture(picture)
     if options.architecture is not None:
         traced, widths = describe_architecture(Path(options.architecture), options.trust_code, _print)
     else:
@@ -430,10 +446,13 @@ def _pairs(pairs: Sequence[str], option: str) -> dict[str, Any]:
     """Return ``NAME=VALUE`` words with values read as in an architecture file."""
     from archsearch.bounded_yaml import parse
 
-    return {
-        name: parse(f"value: {text}", option).data["value"]
-        for name, text in _split_pairs(pairs, option).items()
-    }
+    found = {}
+    for name, text in _split_pairs(pairs, option).items():
+        try:
+            found[name] = parse(f"value: {text}", option).data["value"]
+        except SpecError:
+            raise UsageError(f"{option} {name}={text}: give a plain value such as 3, true or B") from None
+    return found
 
 
 def _split_pairs(pairs: Sequence[str], option: str) -> dict[str, str]:
@@ -453,6 +472,12 @@ def _run_name(options: argparse.Namespace, data: str | None) -> str:
     )
     parts = [options.model or "", data or "", options.method, target]
     return "-".join("".join(c if c.isalnum() or c in "._" else "-" for c in part) for part in parts if part)
+
+
+def _command(words: Sequence[str]) -> str:
+    """Return the command as it can be typed again; a very long one is cut to what a file may hold."""
+    command = shlex.join(["archsearch", *words])
+    return command if len(command) <= 1024 else f"{command[:1020]} …"
 
 
 def _callbacks(options: argparse.Namespace) -> Callable[[str, Path], Sequence[Callback]]:
@@ -475,14 +500,15 @@ def _say(line: str) -> None:
 def _print(what: Any) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
+    if isinstance(what, str):
+        print(what)
+        return
     from rich.console import Console
 
-    console = (
-        Console(soft_wrap=True)
-        if isinstance(what, str)
-        else Console(width=None if sys.stdout.isatty() else 160)
-    )
-    console.print(what, markup=False, highlight=False) if isinstance(what, str) else console.print(what)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    with console.capture() as text:  # rich would end the process itself where the reader is gone
+        console.print(what)
+    print("\n".join(line.rstrip() for line in text.get().splitlines()))
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ from archsearch.callbacks import Callback
 from archsearch.data import DataSource
 from archsearch.determinism import derive_seed
 from archsearch.errors import UsageError
-from archsearch.evaluation import Evaluation, evaluate
+from archsearch.evaluation import Evaluation, evaluate, resolve_device
 from archsearch.pipeline import Say, Trainer, arm_of, is_main
 from archsearch.rebuild import Traced, load, load_weights, trace_architecture
 from archsearch.recipe import BUDGETS, Recipe
-from archsearch.results import Arm, Record, environment
+from archsearch.results import Arm, Record, environment, recipe_facts
 from archsearch.tensor_files import write_tensors
 
 
@@ -60,6 +60,10 @@ def train_architecture(
     """
     architecture = Architecture.read(path)
     chosen = BUDGETS[budget]
+    if not chosen.epochs_divisor:
+        raise UsageError(f"--budget {budget} trains nothing: give scratch-e, scratch-b or finetune")
+    if seeds < 1:
+        raise UsageError(f"--seeds {seeds}: at least 1")
     if chosen.inherits and weights is None:
         raise UsageError(f"--budget {budget} goes on from trained weights: give --weights FILE")
     traced = trace_architecture(architecture, trust_code=trust_code, where=str(path))
@@ -85,7 +89,7 @@ def train_architecture(
             "architecture": architecture.key,
             "model": architecture.model,
             "data": data.name,
-            "recipe": {k: v for k, v in recipe.as_dict().items() if v != getattr(Recipe, k)},
+            "recipe": recipe_facts(recipe),
             "seed": seed,
             "seeds": seeds,
             "versions": environment(),
@@ -110,6 +114,7 @@ def evaluate_architecture(
     Raises:
         ArchsearchError: If the file, the data or the weights are not what they should be.
     """
+    resolve_device(device)
     model = load(path, weights, trust_code=trust_code)
     return evaluate(model, data.test, device=device)
 

@@ -6,6 +6,7 @@ the same command run twice trains nothing twice, and a killed one goes on.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -147,13 +148,17 @@ class Plan:
             raise UsageError("nothing says how small: give --flops, --params or --memory, or a --preset")
         if self.targets and self.preset is not None:
             raise UsageError("a --preset has its own widths: leave out --flops, --params and --memory")
-        BUDGETS[self.budget], BUDGETS[self.finetune], PRUNERS[self.method]
+        replace(BUDGETS[self.budget], cap=self.budget_cap)  # checks the cap
+        tuning = BUDGETS[self.finetune]
+        if not (tuning.inherits and tuning.epochs_divisor):
+            fitting = [name for name in BUDGETS if BUDGETS[name].inherits and BUDGETS[name].epochs_divisor]
+            raise UsageError(f"--finetune {self.finetune}: does not fine-tune; give {' or '.join(fitting)}")
         ALLOCATIONS[self.allocation or PRUNERS[self.method].allocation]
 
     @property
     def label(self) -> str:
         """What the found widths are called in tables."""
-        return self.method if self.preset is None else "preset"
+        return self.method if self.preset is None else self.preset.name
 
 
 @dataclass(frozen=True)
@@ -203,9 +208,12 @@ def find(
         ArchsearchError: If the found network is not what the reference computes without the dropped channels.
     """
     search = _Search(traced, plan, trainer, say)
+    provenance = _provenance(plan, conditions)
+    # An impossible target, or conditions that no file can hold, show here, before anything is trained.
+    traced.architecture(traced.graph.sizes, provenance)
     if out is not None:
         files.probe(out, 4 * search.reference_cost.params)
-    search.widths_of("uniform")  # an impossible target shows here, before anything is trained
+    search.widths_of("uniform")
     reference, references = search.references(weights, trained)
     selection = search.select(references[0])
     widths = {name: len(kept) for name, kept in selection.items()}
@@ -214,7 +222,6 @@ def find(
         raise ArchsearchError(f"the pruned {traced.name} {verified.problem}; this is a bug of archsearch")
     say(f"verified: equal to the reference without the dropped channels, to {verified.error:.0e}")
 
-    provenance = _provenance(plan, conditions)
     architecture = traced.architecture(widths, provenance)
     written: list[Path] = []
     if out is not None and is_main():
@@ -242,7 +249,8 @@ class _Search:
 
     def references(self, weights: str | None, trained: bool) -> tuple[Arm, list[nn.Module]]:
         """Return the arm of the reference and its network of each seed, one where its weights are given."""
-        model, cost = self._traced.model, self.reference_cost
+        # A network in hand stays as it is: weights are loaded and modes changed in a copy.
+        model, cost = copy.deepcopy(self._traced.model), self.reference_cost
         arm = Arm("reference", "reference", "reference", cost.macs, cost.params)
         if weights is not None:
             load_weights(model, weights)
@@ -398,7 +406,7 @@ def _provenance(plan: Plan, conditions: Mapping[str, Any] | None) -> dict[str, A
     return {
         "method": plan.method,
         "allocation": "preset" if plan.preset else plan.allocation or PRUNERS[plan.method].allocation,
-        "target": ", ".join(map(str, plan.targets)) or "preset",
+        "target": ", ".join(map(str, plan.targets)) or plan.label,
         "budget": plan.budget,
         "seed": plan.seed,
         "seeds": plan.seeds,

@@ -24,10 +24,12 @@ class Preset:
     """Widths for one model.
 
     Attributes:
+        name: What they are called.
         model: The model that they are for.
         rule: From a group's name and size to its width.
     """
 
+    name: str
     model: str
     rule: Rule
 
@@ -38,7 +40,9 @@ class Preset:
     def check_model(self, model: str) -> None:
         """Raise UsageError if the preset is for another model."""
         if model != self.model:
-            raise UsageError(f"this preset is for --model {self.model}, not {model}")
+            raise UsageError(
+                f"--preset {self.name} is for --model {self.model}, not {model}: leave out --model"
+            )
 
 
 PRESETS: Registry[Preset] = Registry("preset")
@@ -72,18 +76,21 @@ def _halved(layers: Sequence[str]) -> Rule:
 
 _RESNET34_SKIPPED = (2, 8, 14, 16, 26, 28, 30, 32)
 
-PRESETS.register("vgg16-a")(
-    Preset("vgg16", _halved([f"features.conv{c}" for c in ("1_1", "4_1", "4_2", "4_3", "5_1", "5_2", "5_3")]))
-)
-PRESETS.register("resnet56-a")(Preset("resnet56", _basic_blocks((9, 9, 9), (16, 20, 38, 54), (10, 10, 10))))
-PRESETS.register("resnet56-b")(
-    Preset("resnet56", _basic_blocks((9, 9, 9), (16, 18, 20, 34, 38, 54), (60, 30, 10)))
-)
-PRESETS.register("resnet110-a")(Preset("resnet110", _basic_blocks((18, 18, 18), (36,), (50, 0, 0))))
-PRESETS.register("resnet110-b")(Preset("resnet110", _basic_blocks((18, 18, 18), (36, 38, 74), (50, 40, 30))))
-PRESETS.register("resnet34-a")(
-    Preset("torchvision/resnet34", _basic_blocks((3, 4, 6, 3), _RESNET34_SKIPPED, (30, 30, 30, 0)))
-)
-PRESETS.register("resnet34-b")(
-    Preset("torchvision/resnet34", _basic_blocks((3, 4, 6, 3), _RESNET34_SKIPPED, (50, 60, 40, 0)))
-)
+for _preset in (
+    Preset(
+        "vgg16-a",
+        "vgg16",
+        _halved([f"features.conv{c}" for c in ("1_1", "4_1", "4_2", "4_3", "5_1", "5_2", "5_3")]),
+    ),
+    Preset("resnet56-a", "resnet56", _basic_blocks((9, 9, 9), (16, 20, 38, 54), (10, 10, 10))),
+    Preset("resnet56-b", "resnet56", _basic_blocks((9, 9, 9), (16, 18, 20, 34, 38, 54), (60, 30, 10))),
+    Preset("resnet110-a", "resnet110", _basic_blocks((18, 18, 18), (36,), (50, 0, 0))),
+    Preset("resnet110-b", "resnet110", _basic_blocks((18, 18, 18), (36, 38, 74), (50, 40, 30))),
+    Preset(
+        "resnet34-a", "torchvision/resnet34", _basic_blocks((3, 4, 6, 3), _RESNET34_SKIPPED, (30, 30, 30, 0))
+    ),
+    Preset(
+        "resnet34-b", "torchvision/resnet34", _basic_blocks((3, 4, 6, 3), _RESNET34_SKIPPED, (50, 60, 40, 0))
+    ),
+):
+    PRESETS.register(_preset.name)(_preset)

@@ -15,7 +15,7 @@ from archsearch.architecture import Amount, Architecture
 from archsearch.architecture import Cost as FileCost
 from archsearch.construction import build_recorded, build_resized
 from archsearch.cost import CostModel
-from archsearch.errors import SpecError, UsageError
+from archsearch.errors import ArchsearchError, SpecError, UsageError
 from archsearch.graph import ChannelGraph, Selection
 from archsearch.grouping import channel_graph
 from archsearch.models import ModelSource, resolve
@@ -123,7 +123,10 @@ def trace_source(
         torch.manual_seed(seed)
         model, order = build_recorded(build)
     example = example_input(input_shape)
-    graph = rehearse(model, channel_graph(model, example), example)
+    try:
+        graph = rehearse(model, channel_graph(model, example), example)
+    except ArchsearchError as error:  # the network runs, but not on such an input
+        raise UsageError(f"{source.name} on an input of {tuple(input_shape)}: {error}") from error
     return Traced(source.name, arguments, model, example, graph, CostModel(model, graph), build, order)
 
 
@@ -195,7 +198,10 @@ def trace_architecture(
         source = ModelSource(architecture.model, "code", factory, None, None)
     else:
         source = resolve(architecture.model, trust_code=trust_code)
-    traced = trace_source(source, architecture.arguments, architecture.input_shape)
+    try:
+        traced = trace_source(source, architecture.arguments, architecture.input_shape)
+    except UsageError as error:
+        raise SpecError(f"{where}: arguments, input_shape: {error}") from error
     try:
         architecture.check_groups(traced.graph.sizes)
     except SpecError as error:

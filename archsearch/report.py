@@ -15,10 +15,14 @@ from archsearch.errors import SpecError, UsageError
 from archsearch.rebuild import Traced, trace_architecture
 from archsearch.results import COLUMNS, Record, row
 
+PICTURES = (".png", ".svg", ".pdf")
+
 
 def comparison(record: Record) -> Table:
     """Return the arms of a run as a table."""
-    table = Table(title="On the test set" if record.arms[0].accuracies else None, title_justify="left")
+    table = Table(
+        title="On the test set" if any(arm.accuracies for arm in record.arms) else None, title_justify="left"
+    )
     for number, column in enumerate(COLUMNS):
         table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
     for arm in record.arms:
@@ -131,6 +135,21 @@ def _shares(traced: Traced, widths: Mapping[str, int]) -> Mapping[str, float]:
     total = max(int(cost.macs(at)), 1)
     shares = (total - cost.macs(without)) / total
     return dict(zip(cost.names, shares.tolist(), strict=True))
+
+
+def check_picture(path: Path | None) -> None:
+    """Check that a picture can be drawn into a file, before anything long has started.
+
+    Raises:
+        UsageError: If its kind is unknown, its directory missing or matplotlib not installed.
+    """
+    if path is None:
+        return
+    if path.suffix.lower() not in PICTURES:
+        raise UsageError(f"{path}: a picture's name ends in {', '.join(PICTURES)}")
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: there is no directory {path.parent}; create it first")
+    _matplotlib()
 
 
 def plot_widths(traced: Traced, widths: Mapping[str, int], path: Path, title: str) -> None:

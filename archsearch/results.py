@@ -12,6 +12,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from archsearch import files
+from archsearch.recipe import Recipe
 
 _PACKAGES = ("archsearch", "torch", "torchvision", "numpy")
 
@@ -106,9 +107,19 @@ def environment() -> dict[str, str]:
     for package in _PACKAGES:
         try:
             found[package] = version(package)
-        except PackageNotFoundError:  # run from a source tree
-            found[package] = "not installed"
+        except PackageNotFoundError:
+            found[package] = "unknown (run from its source tree)"
     return {**found, "machine": f"{sys.platform} {platform.machine()}"}
+
+
+def recipe_facts(recipe: Recipe) -> dict[str, Any]:
+    """Return how long a recipe trains, and its fields that differ from the published CIFAR recipe."""
+    values = recipe.as_dict()
+    return {
+        name: values[name]
+        for name in values
+        if name == "epochs" or getattr(recipe, name) != getattr(Recipe, name)
+    }
 
 
 def _plain(value: Any) -> str:

@@ -55,7 +55,10 @@ class Op:
 
 @dataclass
 class Trace:
-    """What one run tells: labels and ties, costs, activations, and the ops that nobody has a rule for."""
+    """What one run tells: labels and ties, costs, activations, and the ops that nobody has a rule for.
+
+    ``training_example`` is the input of the second run, in train mode, where there was one.
+    """
 
     labels: Labels
     tally: Tally = field(default_factory=Tally)
@@ -65,6 +68,7 @@ class Trace:
     unknown_ops: dict[str, str] = field(default_factory=dict)
     touched: set[int] = field(default_factory=set)
     output_shapes: list[tuple[int, ...]] = field(default_factory=list)
+    training_example: Any = None
 
 
 class OpMode(TorchDispatchMode):
@@ -242,6 +246,7 @@ def trace_model(model: nn.Module, example: Any) -> Trace:
         for batch in (_twice(example), example):
             try:
                 _run(model, batch, trace, training=True)
+                trace.training_example = batch
                 break
             except ArchsearchError:
                 continue  # what training alone uses then stays as it is: nothing ties it, nothing produces it

@@ -234,6 +234,11 @@ def random_selection(graph: ChannelGraph, seed: int, keep: float | None = None) 
     return selection
 
 
+def _one_line(error: Exception) -> str:
+    """Return an error's kind and the first line of its message."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 @dataclass
 class _Fault:
     """The op at which a rehearsal went wrong, and the line of code that called it."""
@@ -282,7 +287,8 @@ class _Rehearsal(OpMode):
     def fault_of(self, model: nn.Module, example: Any) -> _Fault | None:
         """Return what goes wrong, if anything."""
         small = shrink(model, self._graph, self._selection)
-        ops = self._graph.trace.ops
+        trace = self._graph.trace
+        ops = trace.ops
         with untouched(small, training=False):
             try:
                 with self:
@@ -292,8 +298,13 @@ class _Rehearsal(OpMode):
                 return _Fault(step, ops[step].line, str(error))
             except Exception as error:
                 step = min(self._step, len(ops) - 1)
-                message = f"{type(error).__name__}: {error}".splitlines()[0]
-                return _Fault(step, failing_line(error), message)
+                return _Fault(step, failing_line(error), _one_line(error))
+        if trace.training_example is not None:  # auxiliary heads, which eval mode passes by
+            with untouched(small, training=True):
+                try:
+                    call_model(small, trace.training_example)
+                except Exception as error:
+                    return _Fault(len(ops) - 1, failing_line(error), f"in training, {_one_line(error)}")
         return None
 
     def __torch_dispatch__(
