@@ -19,7 +19,7 @@ from archsearch.space import Widths
 from archsearch.targets import Resource, Target
 
 Scores: TypeAlias = Mapping[str, npt.NDArray[np.float64]]
-"""What each unit of each group is worth, ``(size,)``; larger is kept."""
+"""What each unit of each group is worth, ``(size,)``; larger is kept, and infinite ones last of all go."""
 
 Count: TypeAlias = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int64]]
 """A cost of widths, ``(..., G) -> (...)``."""
@@ -33,16 +33,31 @@ ALLOCATIONS: Registry[Allocation] = Registry("allocation")
 @ALLOCATIONS.register("local")
 def local(scores: Scores) -> Scores:
     """Keep the same share of every group: one uniform keep ratio."""
-    return {name: 1 - (np.arange(len(worth)) + 0.5) / len(worth) for name, worth in scores.items()}
+    return {
+        name: worth if _stays(worth) else 1 - (np.arange(len(worth)) + 0.5) / len(worth)
+        for name, worth in scores.items()
+    }
 
 
 @ALLOCATIONS.register("global")
 def global_threshold(scores: Scores) -> Scores:
     """Keep the units above one threshold, whatever their group; scores relative to their group's mean."""
     return {
-        name: -np.sort(-worth) / max(float(np.abs(worth).mean()), np.finfo(float).tiny)
+        name: worth
+        if _stays(worth)
+        else -np.sort(-worth) / max(float(np.abs(worth).mean()), np.finfo(float).tiny)
         for name, worth in scores.items()
     }
+
+
+@ALLOCATIONS.register("threshold")
+def threshold(scores: Scores) -> Scores:
+    """Keep the units above one threshold on the scores as they are: for methods that rank across groups."""
+    return {name: -np.sort(-worth) for name, worth in scores.items()}
+
+
+def _stays(worth: npt.NDArray[np.float64]) -> bool:
+    return bool(np.isinf(worth).all())
 
 
 def select(scores: Scores, widths: Mapping[str, int]) -> dict[str, Widths]:

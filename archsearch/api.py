@@ -10,12 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from archsearch.callbacks import Callback
 from archsearch.data import DataSource, load_data
 from archsearch.errors import UsageError
-from archsearch.evaluation import resolve_device
 from archsearch.models import ModelSource, pretrained, resolve
-from archsearch.pipeline import Found, Plan, Say, Trainer
+from archsearch.pipeline import Found, Plan
 from archsearch.pipeline import find as run_plan
 from archsearch.presets import PRESETS
 from archsearch.rebuild import Traced, trace_module, trace_source
@@ -23,6 +21,9 @@ from archsearch.recipe import RECIPES, Recipe
 from archsearch.results import environment, recipe_facts
 from archsearch.space import SearchSpace
 from archsearch.targets import Resource, Target
+from archsearch.trainer import Say, Trainer
+from archsearch.training.callbacks import Callback
+from archsearch.training.evaluation import resolve_device
 
 
 def default_recipe(data: str) -> str:
@@ -80,7 +81,8 @@ def find(
         data_options: Further arguments of ``load_data``, such as ``data_dir``.
         example: For a network in hand without data: one input ``(1, ...)``.
         weights: File with the reference's weights, or the name of published ones, such as ``"DEFAULT"``.
-        trained: Whether the weights of a network in hand are trained ones.
+        trained: Whether the weights of a network in hand are trained ones; if not, the reference is drawn
+            afresh by its modules' ``reset_parameters`` and trained.
         budget: ``"scratch-b"``, ``"scratch-e"``, ``"finetune"`` or ``"none"``.
         budget_cap: Most epochs of Scratch-B, in multiples of the recipe's.
         published_cost: Whether Scratch-B counts FLOPs as Liu et al. publish them, instead of MACs.

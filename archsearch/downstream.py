@@ -8,16 +8,16 @@ from pathlib import Path
 import torch
 
 from archsearch.architecture import Architecture
-from archsearch.callbacks import Callback
 from archsearch.data import DataSource
-from archsearch.determinism import derive_seed
 from archsearch.errors import UsageError
-from archsearch.evaluation import Evaluation, evaluate, resolve_device
-from archsearch.pipeline import Say, Trainer, arm_of, is_main
 from archsearch.rebuild import Traced, load, load_weights, trace_architecture
 from archsearch.recipe import BUDGETS, Recipe
 from archsearch.results import Arm, Record, environment, recipe_facts
 from archsearch.tensor_files import write_tensors
+from archsearch.trainer import Say, Trainer, arm_of, is_main
+from archsearch.training.callbacks import Callback
+from archsearch.training.determinism import derive_seed
+from archsearch.training.evaluation import Evaluation, evaluate, resolve_device
 
 
 def train_architecture(

@@ -1,16 +1,12 @@
 """The verbs: train the reference, prune it, keep the widths, rebuild, train, compare.
 
-Every training lives in a directory of the store that is named by the hash of all that decides its outcome:
-the same command run twice trains nothing twice, and a killed one goes on.
+No step is done twice: trainings are found again by what decides them (``trainer``), and a killed run goes on.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +17,7 @@ from torch import nn
 from archsearch import files
 from archsearch.allocation import ALLOCATIONS, select, solve
 from archsearch.architecture import Architecture
-from archsearch.callbacks import Callback, MetricsFile
-from archsearch.cost import Cost
-from archsearch.data import DataSource
-from archsearch.determinism import derive_seed
-from archsearch.errors import ArchsearchError, IntegrityError, UsageError
-from archsearch.evaluation import evaluate, resolve_device
+from archsearch.errors import ArchsearchError, UsageError
 from archsearch.graph import Selection
 from archsearch.presets import Preset
 from archsearch.pruners import PRUNERS, Context
@@ -36,78 +27,9 @@ from archsearch.results import Arm, Record
 from archsearch.space import SearchSpace
 from archsearch.targets import Target
 from archsearch.tensor_files import write_tensors
-from archsearch.training import train
-from archsearch.training_directory import describe
-
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Trainer:
-    """How networks are trained and where their trainings are kept.
-
-    Attributes:
-        data: Train, validation and test images.
-        device: As for ``training.train``.
-        store: Directory of all trainings.
-        say: Takes lines for the user.
-        callbacks: Makes a training's callbacks from its label and directory.
-        checkpoint_every_s: Seconds between checkpoints inside an epoch.
-    """
-
-    data: DataSource
-    device: str
-    store: Path
-    say: Say = lambda line: None
-    callbacks: Callable[[str, Path], Sequence[Callback]] = lambda label, directory: ()
-    checkpoint_every_s: float = 300.0
-
-    def train(self, label: str, model: nn.Module, recipe: Recipe, seed: int) -> Trained:
-        """Train a network, or find that it was trained before, and measure it on the test set."""
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        facts = describe(model, recipe, seed, resolve_device(self.device), world_size)
-        identity = {"data": self.data.fingerprint}
-        directory = self.store / "trainings" / _key({**facts, **identity})
-        result = train(
-            model,
-            self.data.train,
-            self.data.validation,
-            recipe,
-            seed=seed,
-            directory=directory,
-            device=self.device,
-            callbacks=[MetricsFile(directory / "metrics.csv"), *self.callbacks(label, directory)],
-            checkpoint_every_s=self.checkpoint_every_s,
-            identity=identity,
-        )
-        accuracy = self._test_accuracy(result.model, recipe, directory)
-        how = "trained before, read from" if result.reused else "kept in"
-        self.say(
-            f"{label}: {accuracy:.2f} % on the test set after {result.epochs} epochs ({how} {directory})"
-        )
-        return Trained(result.model, accuracy, result.epochs, result.seconds)
-
-    def _test_accuracy(self, model: nn.Module, recipe: Recipe, directory: Path) -> float:
-        """Return the accuracy on the test set, which is read once for each training, at its end."""
-        path = directory / "test.json"
-        if path.exists():
-            return float(files.read_json(path, IntegrityError)["accuracy"])
-        measured = evaluate(model, self.data.test, recipe.batch_size, self.device)
-        if is_main():
-            files.write_json(
-                path, {"accuracy": measured.accuracy, "loss": measured.loss, "images": measured.images}
-            )
-        return measured.accuracy
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A trained network with its test accuracy in percent."""
-
-    model: nn.Module
-    accuracy: float
-    epochs: int
-    seconds: float
+from archsearch.trainer import Say, Trained, Trainer, arm_of, is_main
+from archsearch.training.determinism import derive_seed
+from archsearch.training.evaluation import evaluate
 
 
 @dataclass(frozen=True)
@@ -213,7 +135,7 @@ def find(
     traced.architecture(traced.graph.sizes, provenance)
     if out is not None:
         files.probe(out, 4 * search.reference_cost.params)
-    search.widths_of("uniform")
+    search.uniform_widths()
     reference, references = search.references(weights, trained)
     selection = search.select(references[0])
     widths = {name: len(kept) for name, kept in selection.items()}
@@ -244,6 +166,8 @@ class _Search:
         self._budget: Budget = BUDGETS[plan.budget]
         if trainer is None and plan.budget != "none":
             raise UsageError(f"--budget {plan.budget} trains networks: give --data, or --budget none")
+        if trainer is None and PRUNERS[plan.method].needs_data:
+            raise UsageError(f"--method {plan.method} looks at training images: give --data")
         self._allowed = plan.space.allowed(traced.graph)
         self.reference_cost = traced.cost.reference
 
@@ -258,35 +182,31 @@ class _Search:
             if weights is None and not trained:
                 self._say("the reference has fresh random weights: nothing was trained (--budget none)")
             return replace(arm, accuracies=self._accuracies(model)), [model]
-        if self._traced.build is None:
-            raise UsageError("a network in hand cannot be trained afresh: pass trained=True, or a name")
         results = [
             self._train("reference", self._fresh_reference(seed), self._plan.recipe, seed)
             for seed in self._seeds
         ]
         return arm_of(arm.name, "reference", "reference", cost, results), [r.model for r in results]
 
-    def widths_of(self, kind: str, scores: Any = None) -> dict[str, int]:
-        """Return the widths of the method (with its scores), or uniform ones."""
-        plan, graph = self._plan, self._traced.graph
-        if plan.preset is not None and kind != "uniform":
-            return plan.preset.widths(graph.sizes)
-        targets = plan.targets
-        if plan.preset is not None:
-            macs = int(self._traced.cost.of(plan.preset.widths(graph.sizes)).macs)
-            targets = [Target("flops", absolute=macs)]
-        method = PRUNERS["uniform" if kind == "uniform" else plan.method]
-        allocation = method.allocation if kind == "uniform" else plan.allocation or method.allocation
-        if scores is None:
-            scores = method().score(Context(self._traced.model, graph))
-        return solve(self._traced.cost, ALLOCATIONS[allocation](scores), self._allowed, targets)
+    def uniform_widths(self) -> dict[str, int]:
+        """Return the widths of one keep ratio for all groups, at the target, or at the MACs of the preset."""
+        targets = self._plan.targets
+        if self._plan.preset is not None:
+            cost = self._traced.cost.of(self._plan.preset.widths(self._traced.graph.sizes))
+            targets = [Target("flops", absolute=cost.macs)]
+        uniform = PRUNERS["uniform"]
+        scores = uniform().score(Context(self._traced.model, self._traced.graph))
+        return solve(self._traced.cost, ALLOCATIONS[uniform.allocation](scores), self._allowed, targets)
 
     def select(self, reference: nn.Module) -> Selection:
         """Return the units of each group that the method keeps."""
-        scores = PRUNERS[self._plan.method]().score(
-            Context(reference.cpu().eval(), self._traced.graph, self._plan.seed)
-        )
-        widths = self.widths_of("method", scores)
+        plan = self._plan
+        scores = PRUNERS[plan.method]().score(self._context(reference))
+        if plan.preset is not None:
+            widths = plan.preset.widths(self._traced.graph.sizes)
+        else:
+            allocation = ALLOCATIONS[plan.allocation or PRUNERS[plan.method].allocation]
+            widths = solve(self._traced.cost, allocation(scores), self._allowed, plan.targets)
         cost = self._traced.cost.of(widths)
         macs, params = cost.macs / self.reference_cost.macs, cost.params / self.reference_cost.params
         self._say(
@@ -316,7 +236,7 @@ class _Search:
             return arms, pruned
         scratch = not self._budget.inherits
         if scratch and plan.method != "uniform":
-            arms.append(self._scratch("uniform", self.widths_of("uniform"))[0])
+            arms.append(self._scratch("uniform", self.uniform_widths())[0])
         tuning = plan.finetune if scratch else plan.budget
         tuned = [
             self._train(
@@ -332,6 +252,11 @@ class _Search:
             return arms, tuned[0].model
         arm, model = self._scratch(plan.label, widths)
         return [*arms, arm], model
+
+    def _context(self, reference: nn.Module) -> Context:
+        """Return what the method may look at: the reference and images of the train split."""
+        batches = self._trainer.calibration if self._trainer is not None else None
+        return Context(reference.cpu().eval(), self._traced.graph, self._plan.seed, batches)
 
     def _scratch(self, label: str, widths: Mapping[str, int]) -> tuple[Arm, nn.Module]:
         plan, cost = self._plan, self._traced.cost.of(widths)
@@ -377,29 +302,6 @@ class _Search:
     @property
     def _seeds(self) -> range:
         return range(self._plan.seed, self._plan.seed + self._plan.seeds)
-
-
-def is_main() -> bool:
-    """Return whether this process is the one that writes files and prints."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _key(facts: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def arm_of(name: str, widths: str, budget: str, cost: Cost, results: Sequence[Trained]) -> Arm:
-    """Return the arm of several trainings of one network."""
-    return Arm(
-        name,
-        widths,
-        budget,
-        cost.macs,
-        cost.params,
-        results[0].epochs,
-        tuple(result.accuracy for result in results),
-        sum(result.seconds for result in results),
-    )
 
 
 def _provenance(plan: Plan, conditions: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -18,9 +18,9 @@ import torch
 from training_case import SignalAt, in_child, source
 
 from archsearch.api import find
-from archsearch.callbacks import Callback, State
 from archsearch.pipeline import Found
 from archsearch.recipe import Recipe
+from archsearch.training.callbacks import Callback, State
 
 FACTORY = f"{Path(__file__).parent / 'tiny_net.py'}:tiny"
 ENVIRONMENT = {

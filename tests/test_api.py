@@ -40,9 +40,12 @@ def test_a_network_in_hand_is_pruned_trained_and_left_as_it_was(tmp_path: Path) 
     assert sum(p.numel() for p in small.parameters()) == found.record.arms[-1].params
 
 
-def test_a_network_in_hand_with_untrained_weights_cannot_be_trained_by_us(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="trained=True"):
-        search(tmp_path, model=TinyNet(CLASSES, 2), trained=False)
+def test_a_network_in_hand_with_untrained_weights_is_drawn_afresh_and_trained(tmp_path: Path) -> None:
+    model = TinyNet(CLASSES, 2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = search(tmp_path, model=model, trained=False)
+    assert found.record.arms[0].epochs > 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_network_in_hand_without_data_needs_an_example_and_takes_any() -> None:

@@ -11,9 +11,9 @@ import pytest
 import training_case as case
 from rich.console import Console
 
-from archsearch.callbacks import MetricsFile, TensorBoard
 from archsearch.errors import PreemptedError, UsageError
-from archsearch.progress import ProgressBar
+from archsearch.training.callbacks import MetricsFile, TensorBoard
+from archsearch.training.progress import ProgressBar
 
 
 @pytest.mark.parametrize("name", ["metrics.csv", "metrics.jsonl"])

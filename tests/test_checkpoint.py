@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from archsearch.checkpoint import Checkpoints, optimizer_tensors, restore_optimizer
 from archsearch.errors import DivergedError, IntegrityError
+from archsearch.training.checkpoint import Checkpoints, optimizer_tensors, restore_optimizer
 
 TENSORS = {"weight": torch.arange(6.0).reshape(2, 3), "count": torch.tensor(3)}
 

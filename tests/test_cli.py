@@ -21,6 +21,7 @@ from torch import nn
 
 from archsearch import files
 from archsearch.cli import main
+from archsearch.cli.commands import COMMANDS
 from archsearch.rebuild import load
 
 COMMAND = [sys.executable, "-m", "archsearch.cli"]
@@ -276,7 +277,7 @@ def test_a_bug_of_ours_is_one_line_and_with_debug_a_traceback(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("ARCHSEARCH_DEBUG", raising=False)
-    monkeypatch.setattr("archsearch.cli._list", lambda options: 1 / 0)
+    monkeypatch.setitem(COMMANDS, "list", lambda options: 1 / 0)
     assert main(["list", "models"]) == 1
     assert capsys.readouterr().err == (
         "archsearch: error: a bug of archsearch: ZeroDivisionError: division by zero; "

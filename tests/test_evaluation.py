@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from archsearch.data import in_memory
 from archsearch.errors import UsageError
-from archsearch.evaluation import Split, evaluate
+from archsearch.training.evaluation import Split, evaluate
 
 
 class Brightness(nn.Module):

@@ -19,13 +19,14 @@ from archsearch import files
 from archsearch.architecture import Architecture
 from archsearch.errors import InfeasibleError, SpecError, UsageError
 from archsearch.models import resolve
-from archsearch.pipeline import Plan, Trained, Trainer, find
+from archsearch.pipeline import Plan, find
 from archsearch.presets import PRESETS
 from archsearch.rebuild import load, trace_source
 from archsearch.recipe import Recipe
 from archsearch.results import Arm, Record
 from archsearch.targets import Target
 from archsearch.tensor_files import read_tensors
+from archsearch.trainer import Trained, Trainer
 
 PUBLISHED = yaml.safe_load((Path(__file__).parent / "data" / "presets.yaml").read_text())
 

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from archsearch import files
-from archsearch.callbacks import Callback, State
-from archsearch.determinism import derive_seed
 from archsearch.errors import (
     DivergedError,
     IntegrityError,
@@ -27,10 +25,12 @@ from archsearch.errors import (
     StorageError,
     UsageError,
 )
-from archsearch.evaluation import evaluate, resolve_device
 from archsearch.recipe import Recipe
 from archsearch.tensor_files import read_tensors
 from archsearch.training import train
+from archsearch.training.callbacks import Callback, State
+from archsearch.training.determinism import derive_seed
+from archsearch.training.evaluation import evaluate, resolve_device
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 SCRIPT = str(Path(case.__file__))

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from archsearch.callbacks import Callback, State
 from archsearch.data import Augmentation, DataSource, in_memory
 from archsearch.recipe import Recipe
 from archsearch.tensor_files import write_tensors
 from archsearch.training import TrainResult, train
+from archsearch.training.callbacks import Callback, State
 
 CLASSES, STEPS, EPOCHS = 3, 6, 3
 RECIPE = Recipe(lr=0.05, nesterov=True, batch_size=8, epochs=EPOCHS, schedule="cosine")

@@ -21,17 +21,17 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from archsearch.accelerator import accelerated
-from archsearch.allocator import keep_freed_memory
-from archsearch.callbacks import Callback, Row, State
-from archsearch.checkpoint import check_finite, restore_module
-from archsearch.determinism import derive_seed, reproducible, seed_globals
 from archsearch.errors import DivergedError, PreemptedError, StorageError, UsageError
-from archsearch.evaluation import Evaluation, Split, Totals, evaluate, resolve_device, sum_over
-from archsearch.learner import Learner, Penalty
 from archsearch.recipe import Recipe
-from archsearch.signals import StopRequest
-from archsearch.training_directory import TrainingDirectory, describe
+from archsearch.training.accelerator import accelerated
+from archsearch.training.allocator import keep_freed_memory
+from archsearch.training.callbacks import Callback, Row, State
+from archsearch.training.checkpoint import check_finite, restore_module
+from archsearch.training.determinism import derive_seed, reproducible, seed_globals
+from archsearch.training.directory import TrainingDirectory, describe
+from archsearch.training.evaluation import Evaluation, Split, Totals, evaluate, resolve_device, sum_over
+from archsearch.training.learner import Learner, Penalty
+from archsearch.training.signals import StopRequest
 
 __all__ = ["Evaluation", "Split", "TrainResult", "evaluate", "train"]
 

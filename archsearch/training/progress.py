@@ -7,7 +7,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from archsearch.callbacks import Callback, State
+from archsearch.training.callbacks import Callback, State
 
 
 class ProgressBar(Callback):

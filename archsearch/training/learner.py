@@ -12,10 +12,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from archsearch.checkpoint import optimizer_tensors, restore_module, restore_optimizer, section
 from archsearch.errors import UsageError
-from archsearch.evaluation import batch_totals, main_output
 from archsearch.recipe import Recipe
+from archsearch.training.checkpoint import optimizer_tensors, restore_module, restore_optimizer, section
+from archsearch.training.evaluation import batch_totals, main_output
 
 AUXILIARY_WEIGHT = 0.3  # of the loss of each auxiliary head: Szegedy et al., CVPR 2015, section 5
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from archsearch import files
 from archsearch.errors import UsageError
-from archsearch.evaluation import Totals
+from archsearch.training.evaluation import Totals
 
 Row = dict[str, float]
 

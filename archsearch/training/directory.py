@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from archsearch import files
-from archsearch.checkpoint import Checkpoints
 from archsearch.errors import IntegrityError
 from archsearch.recipe import Recipe
 from archsearch.tensor_files import read_tensors, write_tensors
+from archsearch.training.checkpoint import Checkpoints
 
 
 class TrainingDirectory:

@@ -1,0 +1,120 @@
+"""Trainings that happen once: each lives in a directory named by the hash of all that decides its outcome."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from archsearch import files
+from archsearch.cost import Cost
+from archsearch.data import DataSource
+from archsearch.errors import IntegrityError
+from archsearch.recipe import Recipe
+from archsearch.results import Arm
+from archsearch.training import evaluate, resolve_device, train
+from archsearch.training.callbacks import Callback, MetricsFile
+from archsearch.training.directory import describe
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """How networks are trained and where their trainings are kept.
+
+    Attributes:
+        data: Train, validation and test images.
+        device: As for ``training.train``.
+        store: Directory of all trainings.
+        say: Takes lines for the user.
+        callbacks: Makes a training's callbacks from its label and directory.
+        checkpoint_every_s: Seconds between checkpoints inside an epoch.
+    """
+
+    data: DataSource
+    device: str
+    store: Path
+    say: Say = lambda line: None
+    callbacks: Callable[[str, Path], Sequence[Callback]] = lambda label, directory: ()
+    checkpoint_every_s: float = 300.0
+
+    def train(self, label: str, model: nn.Module, recipe: Recipe, seed: int) -> Trained:
+        """Train a network, or find that it was trained before, and measure it on the test set."""
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        facts = describe(model, recipe, seed, resolve_device(self.device), world_size)
+        identity = {"data": self.data.fingerprint}
+        directory = self.store / "trainings" / _key({**facts, **identity})
+        result = train(
+            model,
+            self.data.train,
+            self.data.validation,
+            recipe,
+            seed=seed,
+            directory=directory,
+            device=self.device,
+            callbacks=[MetricsFile(directory / "metrics.csv"), *self.callbacks(label, directory)],
+            checkpoint_every_s=self.checkpoint_every_s,
+            identity=identity,
+        )
+        accuracy = self._test_accuracy(result.model, recipe, directory)
+        how = "trained before, read from" if result.reused else "kept in"
+        self.say(
+            f"{label}: {accuracy:.2f} % on the test set after {result.epochs} epochs ({how} {directory})"
+        )
+        return Trained(result.model, accuracy, result.epochs, result.seconds)
+
+    def calibration(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Return batches of the train split as they are, always the same, for methods that look at images."""
+        return self.data.train.batches(64)
+
+    def _test_accuracy(self, model: nn.Module, recipe: Recipe, directory: Path) -> float:
+        """Return the accuracy on the test set, which is read once for each training, at its end."""
+        path = directory / "test.json"
+        if path.exists():
+            return float(files.read_json(path, IntegrityError)["accuracy"])
+        measured = evaluate(model, self.data.test, recipe.batch_size, self.device)
+        if is_main():
+            files.write_json(
+                path, {"accuracy": measured.accuracy, "loss": measured.loss, "images": measured.images}
+            )
+        return measured.accuracy
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained network with its test accuracy in percent."""
+
+    model: nn.Module
+    accuracy: float
+    epochs: int
+    seconds: float
+
+
+def arm_of(name: str, widths: str, budget: str, cost: Cost, results: Sequence[Trained]) -> Arm:
+    """Return the arm of several trainings of one network."""
+    return Arm(
+        name,
+        widths,
+        budget,
+        cost.macs,
+        cost.params,
+        results[0].epochs,
+        tuple(result.accuracy for result in results),
+        sum(result.seconds for result in results),
+    )
+
+
+def is_main() -> bool:
+    """Return whether this process is the one that writes files and prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _key(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
