@@ -74,7 +74,9 @@ def _presets(pattern: str) -> Iterable[str]:
 
 def _documented(registry: Registry[Any], pattern: str) -> Iterable[str]:
     for name in registry.names(pattern):
-        yield f"{name:<14} {_first_line(registry[name])}"
+        thing = registry[name]
+        about = getattr(getattr(thing, "__self__", None), "about", None)  # of one data set among a kind
+        yield f"{name:<14} {about or _first_line(thing)}"
 
 
 def _first_line(thing: object) -> str:

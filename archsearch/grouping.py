@@ -25,7 +25,7 @@ def channel_graph(model: nn.Module, example: Any) -> ChannelGraph:
         example: An input ``(N, ...)``, or the positional (tuple) or named (mapping) arguments of the model.
 
     Raises:
-        ArchsearchError: If the model fails on the example.
+        UsageError: If the model fails on the example.
     """
     return group_channels(trace_model(model, example))
 

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from archsearch.errors import ArchsearchError
+from archsearch.errors import ArchsearchError, UsageError
 from archsearch.labels import DimLabels, Labels
 from archsearch.rules import Call, Mix, Tally, find_rule, op_name
 
@@ -237,7 +237,7 @@ def trace_model(model: nn.Module, example: Any) -> Trace:
         example: A tensor ``(N, ...)``, or the positional (tuple) or named (mapping) arguments of the model.
 
     Raises:
-        ArchsearchError: If the model fails on the example, or returns no tensor.
+        UsageError: If the model fails on the example, or returns no tensor.
     """
     trace = Trace(Labels(model_tensors(model)))
     _run(model, example, trace, training=False)
@@ -263,11 +263,11 @@ def _run(model: nn.Module, example: Any, trace: Trace, *, training: bool) -> Non
                 outputs = output_tensors(call_model(model, example))
         except Exception as error:
             shapes = [tuple(t.shape) for t in output_tensors(example)]
-            raise ArchsearchError(
+            raise UsageError(
                 f"the model fails on an example input of shape {shapes}: {type(error).__name__}: {error}"
             ) from error
         if not outputs:
-            raise ArchsearchError("the model returns no tensor, so that nothing tells what it computes")
+            raise UsageError("the model returns no tensor, so that nothing tells what it computes")
         trace.labels.freeze_all(outputs, "an output of the network")
         if not training:
             tracer.outlive(outputs)

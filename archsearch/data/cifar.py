@@ -34,6 +34,11 @@ class CifarSet:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
+    @property
+    def about(self) -> str:
+        """What the catalogue says."""
+        return f"60,000 colour images of 32x32 pixels in {self.classes} classes (Krizhevsky, 2009)."
+
     def open(self, request: DataRequest) -> DataSource:
         """Open the set in the directory of the request."""
         directory = request.directory(self.name)

@@ -39,6 +39,7 @@ class IdxSet:
 
     Args:
         name: Its name here.
+        about: What the catalogue says.
         folder: Its folder in torchvision's layout, and the name of torchvision's class.
         mean: Of the training images, in ``[0, 1]``.
         std: Likewise.
@@ -48,6 +49,7 @@ class IdxSet:
     """
 
     name: str
+    about: str
     folder: str
     mean: float
     std: float
@@ -195,9 +197,17 @@ def _digest(paths: list[Path]) -> str:
     return sha256.hexdigest()
 
 
-MNIST = IdxSet("mnist", "MNIST", mean=0.1307, std=0.3081, flip=False)
+MNIST = IdxSet(
+    "mnist",
+    "70,000 grey images of 28x28 pixels of handwritten digits (LeCun et al., 1998).",
+    "MNIST",
+    mean=0.1307,
+    std=0.3081,
+    flip=False,
+)
 FASHION_MNIST = IdxSet(
     "fashion-mnist",
+    "70,000 grey images of 28x28 pixels of clothes in 10 classes (Xiao et al., 2017).",
     "FashionMNIST",
     mean=0.2860,
     std=0.3530,

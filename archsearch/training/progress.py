@@ -7,7 +7,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from archsearch.training.callbacks import Callback, State
+from archsearch.training.callbacks import Callback, Row, State
 
 
 class ProgressBar(Callback):
@@ -59,7 +59,7 @@ class ProgressBar(Callback):
         rate = (state.images - self._images_before) / max(now - self._started_at, 1e-9)
         note = f"epoch {min(state.epoch + 1, state.epochs)}/{state.epochs}  {rate:,.0f} images/s"
         if state.history:
-            note += f"  {state.history[-1]['validation_accuracy']:.2f} %"
+            note += _validated(state.history[-1])
         self._bar.update(self._task, completed=state.epoch * state.batches + state.batch, note=note)
 
     def on_epoch_end(self, state: State) -> None:
@@ -69,8 +69,8 @@ class ProgressBar(Callback):
         now = time.monotonic()
         row, left = state.history[-1], state.epochs - len(state.history)
         self._console.print(
-            f"{self._label}: epoch {row['epoch']:.0f}/{state.epochs}  loss {row['train_loss']:.4f}  "
-            f"validation {row['validation_accuracy']:.2f} %  {now - self._epoch_at:.1f} s  "
+            f"{self._label}: epoch {row['epoch']:.0f}/{state.epochs}  loss {row['train_loss']:.4f}"
+            f"{_validated(row)}  {now - self._epoch_at:.1f} s  "
             f"about {left * (now - self._epoch_at):.0f} s left",
             markup=False,
             highlight=False,
@@ -82,3 +82,8 @@ class ProgressBar(Callback):
         if self._bar is not None:
             self._bar.update(self._task, completed=state.epoch * state.batches + state.batch)
             self._bar.stop()
+
+
+def _validated(row: Row) -> str:
+    """Return the validation accuracy as shown, nothing where no images were held out."""
+    return f"  validation {row['validation_accuracy']:.2f} %" if "validation_accuracy" in row else ""
