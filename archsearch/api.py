@@ -21,7 +21,7 @@ from archsearch.recipe import RECIPES, Recipe
 from archsearch.results import environment, recipe_facts
 from archsearch.space import SearchSpace
 from archsearch.targets import Resource, Target
-from archsearch.trainer import Say, Trainer
+from archsearch.trainer import Say, Trainer, check_classes
 from archsearch.training.callbacks import Callback
 from archsearch.training.evaluation import resolve_device
 
@@ -218,16 +218,6 @@ def summary(traced: Traced) -> str:
     lines = [f"{traced.name}: {len(graph.groups)} channel groups, {size}"]
     lines += [f"no rule for {op}: {why}; what it touches stays" for op, why in graph.unknown_ops.items()]
     return "\n".join(lines)
-
-
-def check_classes(traced: Traced, data: DataSource) -> None:
-    """Raise UsageError if the network has fewer outputs than the data classes."""
-    outputs = traced.graph.trace.output_shapes[0][-1]
-    if outputs < data.num_classes:
-        raise UsageError(
-            f"{traced.name} has {outputs} outputs, but {data.name} has {data.num_classes} classes; "
-            "give its factory an argument num_classes"
-        )
 
 
 def _first_image(data: DataSource | None) -> Any:

@@ -95,6 +95,10 @@ class Cost:
     peak_activation_bytes: int
     published_flops: int
 
+    def of_training(self, published: bool) -> int:
+        """Return what Scratch-B counts: MACs, or FLOPs as published."""
+        return self.published_flops if published else self.macs
+
 
 class CostModel:
     """The costs of a network as functions of its widths.

@@ -10,11 +10,11 @@ import torch
 from archsearch.architecture import Architecture
 from archsearch.data import DataSource
 from archsearch.errors import UsageError
-from archsearch.rebuild import Traced, load, load_weights, trace_architecture
+from archsearch.rebuild import load, load_weights, trace_architecture
 from archsearch.recipe import BUDGETS, Recipe
 from archsearch.results import Arm, Record, environment, recipe_facts
 from archsearch.tensor_files import write_tensors
-from archsearch.trainer import Say, Trainer, arm_of, is_main
+from archsearch.trainer import Say, Trainer, arm_of, check_classes, is_main
 from archsearch.training.callbacks import Callback
 from archsearch.training.determinism import derive_seed
 from archsearch.training.evaluation import Evaluation, evaluate, resolve_device
@@ -67,13 +67,15 @@ def train_architecture(
     if chosen.inherits and weights is None:
         raise UsageError(f"--budget {budget} goes on from trained weights: give --weights FILE")
     traced = trace_architecture(architecture, trust_code=trust_code, where=str(path))
-    check_input(traced, data)
+    if traced.input_shape != tuple(data.input_shape):
+        raise UsageError(
+            f"{path} is for inputs of {traced.input_shape}, but {data.name} has images of "
+            f"{tuple(data.input_shape)}: give --image-size, or find an architecture with this --data"
+        )
+    check_classes(traced, data)
     widths = {name: group.width for name, group in architecture.widths.items()}
     cost, reference = traced.cost.of(widths), traced.cost.reference
-    of, to = (
-        (reference.published_flops, cost.published_flops) if published_cost else (reference.macs, cost.macs)
-    )
-    recipe = chosen.recipe(recipe, of, to)
+    recipe = chosen.recipe(recipe, *(c.of_training(published_cost) for c in (reference, cost)))
     trainer = Trainer(data, device, store, say, callbacks)
     results = []
     for number in range(seed, seed + seeds):
@@ -117,17 +119,3 @@ def evaluate_architecture(
     resolve_device(device)
     model = load(path, weights, trust_code=trust_code)
     return evaluate(model, data.test, device=device)
-
-
-def check_input(traced: Traced, data: DataSource) -> None:
-    """Raise UsageError if a network was made for images of another shape, or too few classes."""
-    if traced.input_shape != tuple(data.input_shape):
-        raise UsageError(
-            f"the architecture is for inputs of {traced.input_shape}, but {data.name} has images of "
-            f"{tuple(data.input_shape)}: give --image-size, or find an architecture with this --data"
-        )
-    outputs = traced.graph.trace.output_shapes[0][-1]
-    if outputs < data.num_classes:
-        raise UsageError(
-            f"{traced.name} has {outputs} outputs, but {data.name} has {data.num_classes} classes"
-        )

@@ -260,13 +260,8 @@ class _Search:
 
     def _scratch(self, label: str, widths: Mapping[str, int]) -> tuple[Arm, nn.Module]:
         plan, cost = self._plan, self._traced.cost.of(widths)
-        of, to = (
-            (self.reference_cost.published_flops, cost.published_flops)
-            if plan.published_cost
-            else (self.reference_cost.macs, cost.macs)
-        )
-        budget = replace(self._budget, cap=plan.budget_cap)
-        recipe = budget.recipe(plan.recipe, of, to)
+        costs = [c.of_training(plan.published_cost) for c in (self.reference_cost, cost)]
+        recipe = replace(self._budget, cap=plan.budget_cap).recipe(plan.recipe, *costs)
         name = f"{label}, {plan.budget}"
         results = [self._train(name, self._fresh(widths, seed), recipe, seed) for seed in self._seeds]
         return arm_of(name, label, plan.budget, cost, results), results[0].model

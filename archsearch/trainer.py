@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from archsearch import files
 from archsearch.cost import Cost
 from archsearch.data import DataSource
-from archsearch.errors import IntegrityError
+from archsearch.errors import IntegrityError, UsageError
+from archsearch.rebuild import Traced
 from archsearch.recipe import Recipe
 from archsearch.results import Arm
 from archsearch.training import evaluate, resolve_device, train
@@ -109,6 +110,16 @@ def arm_of(name: str, widths: str, budget: str, cost: Cost, results: Sequence[Tr
         tuple(result.accuracy for result in results),
         sum(result.seconds for result in results),
     )
+
+
+def check_classes(traced: Traced, data: DataSource) -> None:
+    """Raise UsageError if the network has fewer outputs than the data classes."""
+    outputs = traced.graph.trace.output_shapes[0][-1]
+    if outputs < data.num_classes:
+        raise UsageError(
+            f"{traced.name} has {outputs} outputs, but {data.name} has {data.num_classes} classes; "
+            "give its factory an argument num_classes"
+        )
 
 
 def is_main() -> bool:
