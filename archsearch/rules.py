@@ -633,6 +633,17 @@ def attention(call: Call) -> None:
     call.count_macs(rows, _factor(v, value, last))
 
 
+@rule("mkldnn_rnn_layer")
+def recurrent(call: Call) -> None:
+    """Freeze everything, since the state feeds itself, gate by gate; count both weights in each step."""
+    call.labels.freeze_all(call.tensors, call.name)
+    x, weights = call.tensors[0], call.tensors[1:3]
+    for weight in weights:
+        if 0 in call.labels_of(weight):
+            call.labels.produces(call.labels_of(weight)[0])
+    call.count_macs(math.prod(x.shape[:-1]) * sum(weight.numel() for weight in weights))
+
+
 # --- norms, reductions, pooling -----------------------------------------------------------------------
 
 

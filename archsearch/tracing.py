@@ -12,13 +12,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from archsearch.errors import ArchsearchError, UsageError
 from archsearch.labels import DimLabels, Labels
@@ -43,12 +44,25 @@ Line: TypeAlias = "tuple[str, int]"
 """A line of the model's own code: file and number."""
 
 
+@dataclass(frozen=True)
+class Site:
+    """A line of a model's own code, and torch's functions that the line led to, innermost first."""
+
+    line: Line | None
+    functions: tuple[CodeType, ...]
+
+    @property
+    def innermost(self) -> Site:
+        """The same line with the innermost function alone."""
+        return Site(self.line, self.functions[:1])
+
+
 @dataclass
 class Op:
-    """One executed op: its name, the line of model code behind it, and the labels around it."""
+    """One executed op: its name, the place in the model's code behind it, and the labels around it."""
 
     name: str
-    line: Line | None
+    site: Site
     inputs: list[DimLabels]
     outputs: list[tuple[tuple[int, ...], DimLabels]]
 
@@ -117,7 +131,7 @@ class _Tracer(OpMode):
             trace.ops.append(
                 Op(
                     name,
-                    code_line(sys._getframe(1)),
+                    site_of(sys._getframe(1)),
                     list(map(trace.labels.of, inputs)),
                     [(tuple(tensor.shape), trace.labels.of(tensor)) for tensor in call.outputs],
                 )
@@ -126,6 +140,10 @@ class _Tracer(OpMode):
 
     def _give_up(self, call: Call, why: str) -> None:
         self._trace.unknown_ops[call.name] = why
+        count = flop_registry.get(call.func.overloadpacket)
+        if count is not None:  # what stays still costs
+            flops = count(*call.args, **call.kwargs, out_val=call.result)
+            call.count_macs(int(flops) // 2)
         self._trace.labels.freeze_all(call.tensors, f"{call.name}: {why}")
 
     def _note_activations(self, call: Call, inputs: list[torch.Tensor]) -> None:
@@ -150,28 +168,36 @@ class _Tracer(OpMode):
 
 
 _TORCH = f"{Path(torch.__file__).parent}{os.sep}"
-_HERE = f"{Path(__file__).parent}{os.sep}"
+_OURS = f"{Path(__file__).parent}{os.sep}"
+_ZOO = f"{_OURS}models{os.sep}"
 
 
-def code_line(frame: FrameType | None) -> Line | None:
-    """Return the innermost line of a stack that is neither torch's nor ours."""
+def _is_model_code(file: str) -> bool:
+    return file.startswith(_ZOO) or not file.startswith((_TORCH, _OURS, "<"))
+
+
+def site_of(frame: FrameType | None) -> Site:
+    """Return the line of model code behind a frame, and torch's functions between the two."""
+    functions: list[CodeType] = []
     while frame is not None:
-        name = frame.f_code.co_filename
-        if not name.startswith((_TORCH, _HERE, "<")):
-            return name, frame.f_lineno
+        if _is_model_code(frame.f_code.co_filename):
+            return Site((frame.f_code.co_filename, frame.f_lineno), tuple(functions))
+        functions.append(frame.f_code)
         frame = frame.f_back
-    return None
+    return Site(None, tuple(functions))
 
 
-def failing_line(error: BaseException) -> Line | None:
-    """Return the innermost line of model code that an error passed."""
-    found, step = None, error.__traceback__
+def failing_site(error: BaseException) -> Site:
+    """Return the innermost line of model code that an error passed, and the torch.nn function behind it."""
+    line, function, step = None, None, error.__traceback__
     while step is not None:
-        name = step.tb_frame.f_code.co_filename
-        if not name.startswith((_TORCH, _HERE, "<")):
-            found = name, step.tb_lineno
+        file = step.tb_frame.f_code.co_filename
+        if _is_model_code(file):
+            line, function = (file, step.tb_lineno), None
+        elif file.startswith(f"{_TORCH}nn{os.sep}"):
+            function = step.tb_frame.f_code
         step = step.tb_next
-    return found
+    return Site(line, (function,) if function else ())
 
 
 def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import isnan
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,16 @@ from archsearch.grouping import freeze_groups
 from archsearch.labels import DimLabels
 from archsearch.rules import Mix, op_name
 from archsearch.surgery import mask, shrink
-from archsearch.tracing import Op, OpMode, call_model, failing_line, model_tensors, output_tensors, untouched
+from archsearch.tracing import (
+    Op,
+    OpMode,
+    Site,
+    call_model,
+    failing_site,
+    model_tensors,
+    output_tensors,
+    untouched,
+)
 
 TOLERANCE = 1e-5
 """Largest ``max |a - b| / max |b|`` between a shrunken network and the masked reference, in float32."""
@@ -209,8 +219,9 @@ def rehearse(model: nn.Module, graph: ChannelGraph, example: Any, *, seed: int =
                 return graph
             graph = freeze_groups(graph, wrong, "the model's code cuts its channels at a fixed index")
             continue
-        guilty = _groups_at(graph, fault.step, fault.line) or set(graph.groups)
-        where = f" at {fault.line[0].rpartition('/')[2]}:{fault.line[1]}" if fault.line else ""
+        guilty = _groups_at(graph, fault.step, fault.site) or set(graph.groups)
+        line = fault.site.line
+        where = f" at {Path(line[0]).name}:{line[1]}" if line else ""
         graph = freeze_groups(graph, guilty, f"the model's code needs its size{where}: {fault.message}")
     return graph
 
@@ -241,10 +252,10 @@ def _one_line(error: Exception) -> str:
 
 @dataclass
 class _Fault:
-    """The op at which a rehearsal went wrong, and the line of code that called it."""
+    """The op at which a rehearsal went wrong, and the place in the code that called it."""
 
     step: int
-    line: tuple[str, int] | None
+    site: Site
     message: str
 
 
@@ -295,16 +306,16 @@ class _Rehearsal(OpMode):
                     call_model(small, example)
             except _WrongOpError as error:
                 step = min(self._step, len(ops) - 1)
-                return _Fault(step, ops[step].line, str(error))
+                return _Fault(step, ops[step].site.innermost, str(error))
             except Exception as error:
                 step = min(self._step, len(ops) - 1)
-                return _Fault(step, failing_line(error), _one_line(error))
+                return _Fault(step, failing_site(error), _one_line(error))
         if trace.training_example is not None:  # auxiliary heads, which eval mode passes by
             with untouched(small, training=True):
                 try:
                     call_model(small, trace.training_example)
                 except Exception as error:
-                    return _Fault(len(ops) - 1, failing_line(error), f"in training, {_one_line(error)}")
+                    return _Fault(len(ops) - 1, failing_site(error), f"in training, {_one_line(error)}")
         return None
 
     def __torch_dispatch__(
@@ -326,11 +337,16 @@ class _Rehearsal(OpMode):
         return result
 
 
-def _groups_at(graph: ChannelGraph, step: int, line: tuple[str, int] | None) -> set[str]:
-    """Return the groups that reach a line of code, or else the nearest op before each of its calls."""
+def _groups_at(graph: ChannelGraph, step: int, site: Site) -> set[str]:
+    """Return the groups that reach a place in the code, or else the nearest op before each of its calls.
+
+    Where torch's own function failed (an attention layer's check of its sizes, say), only the ops inside that
+    function count, not all that the model's line leads to.
+    """
     ops = graph.trace.ops
-    calls = [number for number, op in enumerate(ops) if op.line == line] if line else []
-    calls = calls or [step]
+    same_line = [number for number, op in enumerate(ops) if site.line and op.site.line == site.line]
+    inside = [number for number in same_line if {*site.functions} & {*ops[number].site.functions}]
+    calls = (inside if site.functions else same_line) or same_line or [step]
     found = {group for call in calls for group in _groups_in(graph, ops[call].inputs)}
     if found:
         return found

@@ -275,3 +275,20 @@ def test_a_network_without_groups_has_the_cost_of_its_reference() -> None:
     model = nn.Linear(3, 4)
     cost = CostModel(model, channel_graph(model, torch.randn(1, 3)))
     assert (cost.reference.macs, cost.reference.params) == (12, 16)
+
+
+def test_a_recurrent_layer_stays_and_its_macs_count() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(6, 5, batch_first=True)
+            self.head = nn.Linear(5, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.lstm(x)[0][:, -1])  # type: ignore[no-any-return]
+
+    model, example = Recurrent(), torch.randn(1, 7, 6)
+    graph = channel_graph(model, example)
+    # Four gates of 5 read 6 inputs and 5 states in each of 7 steps; the head reads the last state.
+    assert int(CostModel(model, graph).macs([])) == 7 * 4 * 5 * (6 + 5) + 2 * 5
+    assert not graph.groups

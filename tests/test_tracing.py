@@ -152,8 +152,8 @@ def test_every_op_knows_the_line_of_model_code_behind_it() -> None:
     convolutions = [op for op in trace.ops if op.name == "aten::convolution"]
     assert len(convolutions) == 2
     for op, code in zip(convolutions, ["self.conv1(x)", "self.conv2(x)"], strict=True):
-        assert op.line is not None and op.line[0] == __file__.replace("test_tracing", "networks")
-        assert code in Path(op.line[0]).read_text().splitlines()[op.line[1] - 1]
+        assert op.site.line is not None and op.site.line[0] == __file__.replace("test_tracing", "networks")
+        assert code in Path(op.site.line[0]).read_text().splitlines()[op.site.line[1] - 1]
 
 
 def test_only_the_run_in_eval_mode_counts() -> None:

@@ -368,3 +368,21 @@ def test_a_standardised_weight_is_pruned_and_its_statistics_are_of_the_kept_inpu
     found = verify(model, graph, random_selection(graph, 0, 0.5), example)
     assert found.ok, found
     assert found.over_kept == ("aten::native_batch_norm",)
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(x).mean(1))  # type: ignore[no-any-return]
+
+
+def test_attention_that_checks_its_sizes_stays_and_the_layers_beside_it_in_one_call_do_not() -> None:
+    model, example = Encoder(), torch.randn(1, 5, 16)
+    graph = rehearse(model, channel_graph(model, example), example)
+    assert graph.sizes == {"encoder.layers.0.linear1": 24, "encoder.layers.1.linear1": 24}
+    assert verify(model, graph, random_selection(graph, 0, 0.5), example).ok
