@@ -20,7 +20,7 @@ from archsearch.architecture import Architecture
 from archsearch.errors import ArchsearchError, UsageError
 from archsearch.graph import Selection
 from archsearch.presets import Preset
-from archsearch.pruners import PRUNERS, Context
+from archsearch.pruners import PRUNERS, Context, inherit_weights
 from archsearch.rebuild import Traced, load_weights
 from archsearch.recipe import BUDGETS, Budget, Recipe
 from archsearch.results import Arm, Record
@@ -217,12 +217,12 @@ class _Search:
 
     def compare(self, reference: nn.Module, selection: Selection) -> tuple[list[Arm], nn.Module]:
         """Train all arms beside the reference; return them, and the found network of the first seed."""
-        plan, traced = self._plan, replace(self._traced, model=reference)
+        plan = self._plan
         arms: list[Arm] = []
         widths = {name: len(kept) for name, kept in selection.items()}
         cost = self._traced.cost.of(widths)
+        pruned = inherit_weights(PRUNERS[plan.method](), self._context(reference), selection)
         if plan.budget == "none" or self._trainer is None:
-            pruned = traced.inherit(selection)
             arms.append(
                 Arm(
                     f"{plan.label}, not trained",
@@ -241,7 +241,7 @@ class _Search:
         tuned = [
             self._train(
                 f"{plan.label}, {tuning}",
-                traced.inherit(selection),
+                copy.deepcopy(pruned),
                 BUDGETS[tuning].recipe(plan.recipe),
                 seed,
             )

@@ -4,7 +4,15 @@ A pruner is a frozen dataclass of its hyper-parameters with a ``score``. Registe
 appear in ``archsearch list pruners``, on the command line and in the contract tests.
 """
 
-from archsearch.pruners import norm, plain  # noqa: F401  registers them
-from archsearch.pruners.pruner import PRUNERS, Context, Pruner, Scores
+from archsearch.pruners import (  # noqa: F401  importing a method registers it
+    fpgm,
+    norm,
+    norm_scale,
+    plain,
+    regression,
+    taylor,
+    thinet,
+)
+from archsearch.pruners.pruner import PRUNERS, Context, Pruner, Scores, inherit_weights
 
-__all__ = ["PRUNERS", "Context", "Pruner", "Scores"]
+__all__ = ["PRUNERS", "Context", "Pruner", "Scores", "inherit_weights"]

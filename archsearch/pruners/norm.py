@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 
-from archsearch.graph import STAYS
+from archsearch.pruners.filters import filters
 from archsearch.pruners.pruner import PRUNERS, Context, Scores
+from archsearch.tracing import model_tensors
 
 
 def filter_norms(context: Context, p: int) -> Scores:
@@ -17,19 +17,14 @@ def filter_norms(context: Context, p: int) -> Scores:
 
     A filter is one slice of a producer along its output dimension; biases and norms do not count.
     """
-    tensors = dict(context.model.named_parameters())
+    tensors = model_tensors(context.model)
     scores = {}
     for name, group in context.graph.groups.items():
-        total = np.zeros(group.size)
-        for member in group.producers:
-            weight = tensors[member.tensor].detach()
-            others = [dim for dim in range(weight.dim()) if dim != member.dim]
-            magnitudes = weight.abs() if p == 1 else weight.abs().pow(p)
-            powers = magnitudes.sum(others, dtype=torch.float64).cpu().numpy()
-            units = context.graph.units[member.tensor, member.dim]
-            mine = (units >= group.first_unit) & (units < group.first_unit + group.size) & (units != STAYS)
-            np.add.at(total, units[mine] - group.first_unit, powers[mine])
-        scores[name] = total ** (1 / p)
+        total = torch.zeros(group.size, dtype=torch.float64)
+        for rows in filters(tensors, context.graph, group):
+            magnitudes = rows.abs() if p == 1 else rows.abs().pow(p)
+            total += magnitudes.sum(1, dtype=torch.float64).cpu()
+        scores[name] = (total ** (1 / p)).numpy()
     return scores
 
 
@@ -40,6 +35,7 @@ class L1Norm:
 
     source: ClassVar[str] = "Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017, section 3.1"
     allocation: ClassVar[str] = "global"
+    needs_data: ClassVar[bool] = False
 
     def score(self, context: Context) -> Scores:
         """Return the L1 norm of each unit's filters."""
@@ -53,6 +49,7 @@ class L2Norm:
 
     source: ClassVar[str] = "He et al., Soft Filter Pruning, IJCAI 2018, section 3.2, one-shot"
     allocation: ClassVar[str] = "global"
+    needs_data: ClassVar[bool] = False
 
     def score(self, context: Context) -> Scores:
         """Return the L2 norm of each unit's filters."""

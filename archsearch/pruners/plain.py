@@ -17,6 +17,7 @@ class Uniform:
 
     source: ClassVar[str] = "width multiplier, Howard et al., MobileNets, 2017, section 3.3"
     allocation: ClassVar[str] = "local"
+    needs_data: ClassVar[bool] = False
 
     def score(self, context: Context) -> Scores:
         """Return scores that fall with the channel's index."""
@@ -30,6 +31,7 @@ class Random:
 
     source: ClassVar[str] = "Mittal et al., Recovering from Random Pruning, WACV 2018"
     allocation: ClassVar[str] = "global"
+    needs_data: ClassVar[bool] = False
 
     def score(self, context: Context) -> Scores:
         """Return scores drawn uniformly from [0, 1)."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
+import torch
 from torch import nn
 
 from archsearch.allocation import Scores
-from archsearch.graph import ChannelGraph
+from archsearch.errors import UsageError
+from archsearch.graph import ChannelGraph, Selection
 from archsearch.registry import Registry
+from archsearch.surgery import shrink
 
-__all__ = ["PRUNERS", "Context", "Pruner", "Scores"]
+__all__ = ["PRUNERS", "Context", "Inheriting", "Pruner", "Scores", "inherit_weights"]
 
 
 @dataclass(frozen=True)
@@ -22,11 +26,35 @@ class Context:
         model: The trained reference, in eval mode.
         graph: Its channel groups.
         seed: For methods that draw.
+        batches: Returns batches of training images and labels, not augmented, always the same; ``None``
+            without data.
     """
 
     model: nn.Module
     graph: ChannelGraph
     seed: int = 0
+    batches: Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor]]] | None = None
+
+    def calibration(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Return the calibration batches, on the model's device and in its precision.
+
+        Raises:
+            UsageError: If there are none.
+        """
+        if self.batches is None:
+            raise UsageError("this method looks at training images: give --data")
+        like = next(self.model.parameters())
+        empty = True
+        for images, labels in self.batches():
+            empty = False
+            yield (
+                images.to(like) if images.is_floating_point() else images.to(like.device),
+                labels.to(like.device),
+            )
+        if empty:
+            raise UsageError(
+                "this method looks at training images, and --data has none: take another data set"
+            )
 
 
 class Pruner(Protocol):
@@ -35,10 +63,12 @@ class Pruner(Protocol):
     Attributes:
         source: The paper, and what in it.
         allocation: The allocation that the method is published with.
+        needs_data: Whether it looks at training images.
     """
 
     source: ClassVar[str]
     allocation: ClassVar[str]
+    needs_data: ClassVar[bool]
 
     def score(self, context: Context) -> Scores:
         """Return what each unit of each group is worth, ``(size,)``; larger is kept.
@@ -46,6 +76,25 @@ class Pruner(Protocol):
         The pipeline calls it once, after the reference is trained. The same context gives the same scores.
         """
         ...
+
+
+@runtime_checkable
+class Inheriting(Protocol):
+    """A pruner that adapts the weights that stay, where others just cut."""
+
+    def inherit(self, context: Context, selection: Selection) -> nn.Module:
+        """Return the small network with adapted weights.
+
+        The pipeline calls it where weights are inherited, with the context that was scored.
+        """
+        ...
+
+
+def inherit_weights(pruner: Pruner, context: Context, selection: Selection) -> nn.Module:
+    """Return the small network with the weights that a method leaves: the kept slices, or its own fit."""
+    if isinstance(pruner, Inheriting):
+        return pruner.inherit(context, selection)
+    return shrink(context.model, context.graph, selection)
 
 
 PRUNERS: Registry[type[Pruner]] = Registry("pruner")

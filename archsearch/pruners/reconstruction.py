@@ -1,0 +1,127 @@
+"""Weights that make up for dropped channels, by least squares.
+
+Both fits look for the least change of the weights that stay, not for new weights: where nothing is to make up
+for, or where the samples do not tell, nothing changes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from archsearch.graph import Selection, Units
+from archsearch.pruners.calibration import Gram, Matrix, first_images, groups_of, membership
+from archsearch.pruners.pruner import Context
+from archsearch.pruners.reading import Reading, Run, watch
+from archsearch.surgery import shrink
+
+
+def least_change(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Return the ``change`` that minimises ``|residual - x change|^2 + ridge m |change|^2``.
+
+    Args:
+        gram: ``x' x``, ``(..., n, n)``.
+        cross: ``x' residual``, ``(..., n, m)``.
+        ridge: In units of ``m``, the mean of the diagonal of ``gram``.
+    """
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    scale = diagonal.mean(-1)
+    penalty = ridge * scale + (scale == 0)  # inputs that are always zero ask for no change
+    factor = torch.linalg.cholesky(gram + torch.diag_embed(penalty[..., None].expand_as(diagonal)))
+    return torch.cholesky_solve(cross, factor)
+
+
+def scale_kept(
+    context: Context, selection: Selection, grams: dict[str, dict[int, Gram]], ridge: float
+) -> nn.Module:
+    """Return the small network with one factor on each unit that a layer reads.
+
+    The factors fit the sum of the contributions of all units by those of the kept ones (Luo et al., ICCV
+    2017, equation 7).
+
+    Args:
+        context: The reference.
+        selection: The kept units.
+        grams: Of the contributions to each op.
+        ridge: See ``least_change``.
+    """
+    small = shrink(context.model, context.graph, selection)
+    readings: dict[int, Reading] = {}
+
+    def see(reading: Reading, run: Run) -> torch.Tensor:
+        readings[reading.number] = reading
+        return run()
+
+    for number in watch(small, context.graph, next(first_images(context, 1)), see, selection):
+        reading = readings[number]
+        factors = torch.ones(len(reading.units), dtype=torch.float64)
+        for name in groups_of(context.graph, reading.units):
+            group = context.graph.groups[name]
+            change = np.zeros(group.size)
+            change[selection[name]] = factor_changes(grams[name][number].matrix, selection[name], ridge)
+            factors += torch.from_numpy(membership(reading.units - group.first_unit, group.size) @ change)
+        by_group = factors.reshape(len(reading.weight), 1, -1, 1)
+        reading.rewrite(reading.weight * by_group.to(reading.weight.device))
+    return small
+
+
+def factor_changes(gram: Matrix, kept: Units, ridge: float) -> Matrix:
+    """Return what to add to a factor of 1 on each kept unit, ``(width,)``."""
+    dropped = np.setdiff1d(np.arange(len(gram)), kept)
+    among, across = gram[np.ix_(kept, kept)], gram[np.ix_(kept, dropped)].sum(1, keepdims=True)
+    return least_change(torch.from_numpy(among), torch.from_numpy(across), ridge)[:, 0].numpy()
+
+
+def refit_readers(
+    context: Context, selection: Selection, images: int, places: int, ridge: float
+) -> nn.Module:
+    """Return the small network with new weights in each layer that reads prunable channels.
+
+    Layer by layer in the order of execution, a layer's weights are fitted so that from what the small network
+    gives it, it computes what the reference computes: later layers make up for what earlier ones miss (He et
+    al., ICCV 2017, sections 3.1 and 3.2). The small network runs once: each layer is fitted just before it
+    computes.
+
+    Args:
+        context: The reference.
+        selection: The kept units.
+        images: Calibration images, all in one batch.
+        places: Places of each image and layer.
+        ridge: See ``least_change``.
+    """
+    batch = torch.cat(list(first_images(context, images)))
+    draw = torch.Generator().manual_seed(context.seed)
+    kept = context.graph.kept_units(selection)
+    targets: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def note(reading: Reading, run: Run) -> torch.Tensor:
+        out = run()
+        at = reading.places(places * len(batch), draw)
+        targets[reading.number] = at, reading.results(out, at)[:, torch.from_numpy(kept[reading.outputs])]
+        return out
+
+    def fit(reading: Reading, run: Run) -> torch.Tensor:
+        if reading.number in alone:
+            fit_weight(reading, *targets.pop(reading.number), ridge)
+        return run()
+
+    alone = watch(context.model, context.graph, batch, note)
+    small = shrink(context.model, context.graph, selection)
+    watch(small, context.graph, batch, fit, selection)
+    return small
+
+
+def fit_weight(reading: Reading, places: torch.Tensor, target: torch.Tensor, ridge: float) -> None:
+    """Change a layer's weight and bias, so that it gives ``target`` at some places, ``(R, C_out)``."""
+    weight = reading.weight.flatten(2)  # (groups, C_out / groups, C_in / groups * K)
+    x = reading.patches(places).transpose(0, 1).flatten(2)  # (groups, R, C_in / groups * K)
+    residual = target.unflatten(1, weight.shape[:2]).transpose(0, 1) - x @ weight.mT
+    if reading.bias is not None:
+        residual -= reading.bias.double().reshape(len(weight), 1, -1)
+        x_mean, residual_mean = x.mean(1, keepdim=True), residual.mean(1, keepdim=True)
+        x, residual = x - x_mean, residual - residual_mean
+    change = least_change(x.mT @ x, x.mT @ residual, ridge)
+    if reading.bias is not None:
+        reading.bias.add_((residual_mean - x_mean @ change).flatten())
+    reading.rewrite(weight + change.mT)
