@@ -12,7 +12,7 @@ from torch import nn
 from archsearch.errors import ArchsearchError
 from archsearch.grouping import channel_graph
 from archsearch.pruners import Context
-from archsearch.pruners.calibration import all_filters, contribution_grams, in_total, one_filter_a_sample
+from archsearch.pruners.calibration import all_filters, contribution_grams, in_total, one_filter_a_place
 from archsearch.pruners.reading import Reading, watch
 
 ALL = 10**6
@@ -149,7 +149,7 @@ def check_patches(model: nn.Module, *shape: int) -> None:
 def test_one_filter_at_every_place_is_all_filters_where_there_is_one() -> None:
     model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 5, 1), nn.ReLU(), nn.Conv2d(5, 1, 3), nn.Flatten()))
     context = context_of(model, 3, 6, 6)
-    one = gram_of(context, "0", one_filter_a_sample, places=4 * 4)
+    one = gram_of(context, "0", one_filter_a_place, places=4 * 4)
     every = gram_of(context, "0", all_filters, places=4 * 4)
     assert one.samples == every.samples == 4 * 4 * 4
     assert one.matrix == pytest.approx(every.matrix)
@@ -158,7 +158,7 @@ def test_one_filter_at_every_place_is_all_filters_where_there_is_one() -> None:
 @pytest.mark.parametrize(("network", "group"), [("Chain", "conv1"), ("Chain", "conv2"), ("Grouped", "conv1")])
 def test_random_filters_look_like_all_filters_in_the_mean(network: str, group: str) -> None:
     context = context_of(NETWORKS[network].build(), 3, 8, 8)
-    some, every = gram_of(context, group, one_filter_a_sample, 20_000), gram_of(context, group)
+    some, every = gram_of(context, group, one_filter_a_place, 20_000), gram_of(context, group)
     assert some.samples == 20_000 * 4
     error = some.matrix / some.samples - every.matrix / every.samples
     assert np.abs(error).max() < 0.05 * np.abs(every.matrix / every.samples).max()
@@ -166,7 +166,7 @@ def test_random_filters_look_like_all_filters_in_the_mean(network: str, group: s
 
 def test_no_more_images_are_looked_at_than_wanted() -> None:
     context = context_of(NETWORKS["Chain"].build(), 3, 8, 8)
-    assert in_total(contribution_grams(context, 3, 10, one_filter_a_sample)["conv1"]).samples == 3 * 10
+    assert in_total(contribution_grams(context, 3, 10, one_filter_a_place)["conv1"]).samples == 3 * 10
 
 
 def test_a_group_that_only_a_transposed_convolution_reads_has_no_contributions() -> None:

@@ -216,6 +216,22 @@ def test_a_pruner_is_frozen_and_compares_by_its_hyper_parameters(pruner: str) ->
         one.anything = 1  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(
+    ("pruner", "wrong"),
+    [
+        ("thinet", {"images": 0}),
+        ("thinet", {"ridge": 0.0}),
+        ("regression", {"places": 0}),
+        ("regression", {"ridge": float("nan")}),
+        ("taylor", {"batches": 0}),
+    ],
+)
+def test_hyper_parameters_that_cannot_be_are_refused(pruner: str, wrong: dict[str, Any]) -> None:
+    (name,) = wrong
+    with pytest.raises(UsageError, match=f"{pruner}: {name} is .*: it must be"):
+        PRUNERS[pruner](**wrong)
+
+
 # --- useless channels, planted --------------------------------------------------------------------------
 
 

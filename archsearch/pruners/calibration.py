@@ -1,20 +1,20 @@
 """What the layers that read a group get from each of its units, on calibration images.
 
 The *contribution* of a unit to one output value of a layer is the part of its sum that the unit's channels
-bring. Greedy and LASSO selection need nothing of the contributions but their Gram matrix, ``(size, size)``,
-summed up batch by batch: memory and later work do not grow with the number of samples.
+bring. Greedy and LASSO selection need nothing of the contributions but their Gram matrix, ``(size, size)``:
+what follows does not grow with the number of samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.sparse import csr_array
+from scipy.sparse import csr_array, hstack
 
 from archsearch.graph import STAYS, ChannelGraph, Units
 from archsearch.pruners.pruner import Context
@@ -22,14 +22,14 @@ from archsearch.pruners.reading import Reading, Run, watch
 
 Matrix: TypeAlias = npt.NDArray[np.float64]
 
-ChannelSum: TypeAlias = Callable[[csr_array], Matrix]
-"""Turns the units of channels, ``(C_in, size)``, into the Gram matrix of the units, ``(size, size)``."""
+AddUp: TypeAlias = Callable[[Reading, int, torch.Generator, csr_array], "tuple[Matrix, int]"]
+"""Looks at a reading at so many random places, with the units of its channels, ``(C_in, U)``.
 
-AddUp: TypeAlias = Callable[[Reading, int, torch.Generator], "tuple[ChannelSum, int]"]
-"""Looks at about so many samples of a reading; returns their sum, and how many they were."""
+Returns the Gram matrix of the units' contributions, ``(U, U)``, and the number of samples.
+"""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Gram:
     """Second moments of the contributions of a group's units.
 
@@ -39,88 +39,93 @@ class Gram:
     """
 
     matrix: Matrix
-    samples: int = 0
+    samples: int
 
 
-def one_filter_a_sample(reading: Reading, samples: int, draw: torch.Generator) -> tuple[ChannelSum, int]:
-    """Sum over random pairs of a place and a filter (Luo et al., ICCV 2017, section 3.2.1)."""
-    places = reading.places(samples, draw)
-    patches = reading.patches(places.repeat(-(-samples // len(places)))[:samples])
+Grams: TypeAlias = Mapping[str, Mapping[int, Gram]]
+"""For each group, what each op that reads it gets, by the op's number."""
+
+
+def one_filter_a_place(
+    reading: Reading, places: int, draw: torch.Generator, units: csr_array
+) -> tuple[Matrix, int]:
+    """Add up over random pairs of a place and a filter (Luo et al., ICCV 2017, section 3.2.1)."""
+    found = reading.places(places, draw)
+    patches = reading.patches(found.repeat(-(-places // len(found)))[:places])
     groups, rows = reading.weight.shape[:2]
-    filters = torch.randint(groups * rows, (samples,), generator=draw)
+    filters = torch.randint(groups * rows, (places,), generator=draw)
     group, row = filters // rows, filters % rows
-    sample = torch.arange(samples)
+    sample = torch.arange(places)
     parts = torch.zeros(patches.shape[:3], dtype=patches.dtype, device=patches.device)
     parts[sample, group] = (patches[sample, group] * reading.weight[group, row]).sum(2)
-    channels = parts.flatten(1).cpu().numpy()  # (samples, C_in)
-
-    def gram(units: csr_array) -> Matrix:
-        contributions = channels @ units
-        return np.asarray(contributions.T @ contributions)
-
-    return gram, samples
+    contributions = parts.flatten(1).cpu().numpy() @ units
+    return contributions.T @ contributions, places
 
 
-def all_filters(reading: Reading, samples: int, draw: torch.Generator) -> tuple[ChannelSum, int]:
-    """Sum over every filter at random places (He et al., ICCV 2017, section 3.1).
+def all_filters(reading: Reading, places: int, draw: torch.Generator, units: csr_array) -> tuple[Matrix, int]:
+    """Add up over every filter at random places (He et al., ICCV 2017, section 3.1)."""
+    found = reading.places(places, draw)
+    groups, rows, *_ = reading.weight.shape
+    return gram_of_all_filters(reading.patches(found), reading.weight, units), len(found) * groups * rows
 
-    The contribution of channel ``c`` to filter ``o`` at place ``r`` is ``sum_k P[r,ck] W[o,ck]``. So the
-    products of those of ``c`` and ``d``, summed over all ``r`` and ``o``, are the sum over ``k`` and ``l`` of
-    ``(P'P)[ck,dl] (W'W)[ck,dl]``: no contribution is ever formed.
+
+def gram_of_all_filters(patches: torch.Tensor, weight: torch.Tensor, units: csr_array) -> Matrix:
+    """Return the Gram matrix of the contributions at all places to all filters, without forming any.
+
+    The contribution of channel ``c`` to filter ``o`` at place ``r`` is ``sum_k P[r,c,k] W[o,c,k]``. So the
+    products of those of ``c`` and ``d``, summed over ``r`` and ``o``, are
+    ``sum_kj (P_k' P_j)[c,d] (W_k' W_j)[c,d]``. Swapping ``k`` and ``j`` transposes a term: half of them do.
+
+    Args:
+        patches: ``P``, ``(R, groups, C_in / groups, K)``.
+        weight: ``W``, ``(groups, C_out / groups, C_in / groups, K)``.
+        units: ``(C_in, U)``.
     """
-    places = reading.places(samples, draw)
-    patches = reading.patches(places).transpose(0, 1)  # (groups, R, C, K)
-    weight = reading.weight
-    groups, rows, size, kernel = weight.shape
-    by_group = []
-    for group in range(groups):
-        p, w = patches[group].flatten(1), weight[group].flatten(1)
-        by_group.append(
-            torch.cat(  # a few channels at a time bound the memory
-                [
-                    ((p[:, part].T @ p) * (w[:, part].T @ w)).reshape(-1, kernel, size, kernel).sum((1, 3))
-                    for part in torch.arange(size * kernel).split(kernel * max(1, 1024 // kernel))
-                ]
-            ).cpu()
-        )
-    channels = torch.block_diag(*by_group).numpy()
-
-    def gram(units: csr_array) -> Matrix:
-        return np.asarray(units.T @ (channels @ units))
-
-    return gram, len(places) * rows * groups
+    size, kernel = weight.shape[2:]
+    half = np.zeros((units.shape[1],) * 2)
+    for group, own_weight in enumerate(weight):
+        own_units = units[group * size : (group + 1) * size]
+        p, w = patches[:, group].permute(2, 1, 0).contiguous(), own_weight.permute(2, 1, 0).contiguous()
+        for start in range(0, size, 1024):  # bounds the memory
+            part = slice(start, start + 1024)
+            products = torch.zeros(len(p[0, part]), size, dtype=p.dtype, device=p.device)
+            for k in range(kernel):
+                for j in range(k + 1):
+                    term = (p[k, part] @ p[j].T) * (w[k, part] @ w[j].T)
+                    products.add_(term, alpha=0.5 if k == j else 1)
+            half += own_units[part].T @ (products.cpu().numpy() @ own_units)
+    return half + half.T
 
 
-def contribution_grams(
-    context: Context, images: int, places: int, add_up: AddUp
-) -> dict[str, dict[int, Gram]]:
+def contribution_grams(context: Context, images: int, places: int, add_up: AddUp) -> Grams:
     """Return for each group the Gram matrix of each op that reads it, by the op's number.
 
     Args:
         context: Model, graph and calibration batches.
-        images: How many calibration images to look at.
+        images: How many calibration images to look at, all in one batch.
         places: Places of each image.
-        add_up: Over which samples: ``one_filter_a_sample`` or ``all_filters``.
+        add_up: Over which samples: ``one_filter_a_place`` or ``all_filters``.
     """
     graph = context.graph
     grams: dict[str, dict[int, Gram]] = {name: {} for name in graph.groups}
     draw = torch.Generator().manual_seed(context.seed)
-    for batch in first_images(context, images):
+    batch = first_images(context, images)
 
-        def see(reading: Reading, run: Run, samples: int = places * len(batch)) -> torch.Tensor:
-            gram, count = add_up(reading, samples, draw)
-            for name in groups_of(graph, reading.units):
-                group = graph.groups[name]
-                sums = grams[name].setdefault(reading.number, Gram(np.zeros((group.size, group.size))))
-                sums.matrix += gram(membership(reading.units - group.first_unit, group.size))
-                sums.samples += count
-            return run()
+    def see(reading: Reading, run: Run) -> torch.Tensor:
+        groups = [graph.groups[name] for name in groups_of(graph, reading.units)]
+        units = [membership(reading.units - group.first_unit, group.size) for group in groups]
+        matrix, samples = add_up(reading, places * len(batch), draw, hstack(units, format="csr"))
+        end = 0
+        for group in groups:
+            start, end = end, end + group.size
+            grams[group.name][reading.number] = Gram(matrix[start:end, start:end], samples)
+        return run()
 
-        watch(context.model, graph, batch, see)
+    watch(context.model, graph, batch, see)
     return grams
 
 
-def in_total(grams: dict[int, Gram]) -> Gram:
+def in_total(grams: Mapping[int, Gram]) -> Gram:
     """Add up the Gram matrices of all ops that read a group."""
     matrices = [gram.matrix for gram in grams.values()]
     return Gram(np.sum(matrices, axis=0), sum(gram.samples for gram in grams.values()))
@@ -132,14 +137,15 @@ def membership(units: Units, size: int) -> csr_array:
     return csr_array((np.ones(len(mine)), (mine, units[mine])), shape=(len(units), size))
 
 
-def first_images(context: Context, images: int) -> Iterator[torch.Tensor]:
-    """Return batches of the first ``images`` calibration images."""
-    left = images
+def first_images(context: Context, images: int) -> torch.Tensor:
+    """Return the first ``images`` calibration images in one batch."""
+    found, left = [], images
     for batch, _ in context.calibration():
-        yield batch[:left]
+        found.append(batch[:left])
         left -= len(batch)
         if left <= 0:
-            return
+            break
+    return torch.cat(found)
 
 
 def groups_of(graph: ChannelGraph, units: Units) -> list[str]:

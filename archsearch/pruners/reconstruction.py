@@ -10,11 +10,25 @@ import numpy as np
 import torch
 from torch import nn
 
+from archsearch.errors import UsageError
 from archsearch.graph import Selection, Units
-from archsearch.pruners.calibration import Gram, Matrix, first_images, groups_of, membership
+from archsearch.pruners.calibration import Grams, Matrix, first_images, groups_of, membership
 from archsearch.pruners.pruner import Context
 from archsearch.pruners.reading import Reading, Run, watch
 from archsearch.surgery import shrink
+
+
+def check_sampling(method: str, images: int, places: int, ridge: float) -> None:
+    """Refuse hyper-parameters that cannot be.
+
+    Raises:
+        UsageError: If there are no images or places, or no ridge, without which a fit may have no solution.
+    """
+    for name, value in (("images", images), ("places", places)):
+        if value < 1:
+            raise UsageError(f"{method}: {name} is {value}: it must be 1 or more")
+    if not ridge > 0:
+        raise UsageError(f"{method}: ridge is {ridge:g}: it must be above 0; 1e-9 is as good as none")
 
 
 def least_change(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> torch.Tensor:
@@ -32,9 +46,7 @@ def least_change(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> torch
     return torch.cholesky_solve(cross, factor)
 
 
-def scale_kept(
-    context: Context, selection: Selection, grams: dict[str, dict[int, Gram]], ridge: float
-) -> nn.Module:
+def scale_kept(context: Context, selection: Selection, grams: Grams, ridge: float) -> nn.Module:
     """Return the small network with one factor on each unit that a layer reads.
 
     The factors fit the sum of the contributions of all units by those of the kept ones (Luo et al., ICCV
@@ -53,7 +65,7 @@ def scale_kept(
         readings[reading.number] = reading
         return run()
 
-    for number in watch(small, context.graph, next(first_images(context, 1)), see, selection):
+    for number in watch(small, context.graph, first_images(context, 1), see, selection):
         reading = readings[number]
         factors = torch.ones(len(reading.units), dtype=torch.float64)
         for name in groups_of(context.graph, reading.units):
@@ -90,7 +102,7 @@ def refit_readers(
         places: Places of each image and layer.
         ridge: See ``least_change``.
     """
-    batch = torch.cat(list(first_images(context, images)))
+    batch = first_images(context, images)
     draw = torch.Generator().manual_seed(context.seed)
     kept = context.graph.kept_units(selection)
     targets: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}

@@ -21,7 +21,7 @@ from torch import nn
 from archsearch.graph import Selection
 from archsearch.pruners.calibration import Matrix, all_filters, contribution_grams, in_total
 from archsearch.pruners.pruner import PRUNERS, Context, Scores
-from archsearch.pruners.reconstruction import refit_readers
+from archsearch.pruners.reconstruction import check_sampling, refit_readers
 
 
 def entry_penalties(gram: Matrix) -> Matrix:
@@ -53,6 +53,7 @@ class Regression:
     Args:
         images: Calibration images.
         places: Random output positions of each image and layer, each with all filters.
+        ridge: Of the weights; see ``least_change``.
     """
 
     images: int = 100
@@ -60,10 +61,13 @@ class Regression:
     ridge: float = 1e-3
 
     source: ClassVar[str] = (
-        "He et al., Channel Pruning for Accelerating Very Deep Networks, ICCV 2017, section 3.1"
+        "He et al., Channel Pruning for Accelerating Very Deep Neural Networks, ICCV 2017, section 3.1"
     )
     allocation: ClassVar[str] = "local"
     needs_data: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_sampling("regression", self.images, self.places, self.ridge)
 
     def score(self, context: Context) -> Scores:
         """Return the penalty at which each unit enters; a group that no layer reads stays as it is."""

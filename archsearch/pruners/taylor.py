@@ -32,10 +32,14 @@ class Taylor:
     batches: int = 10
 
     source: ClassVar[str] = (
-        "Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019, eq. 8"
+        "Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019, section 3.1"
     )
     allocation: ClassVar[str] = "threshold"
     needs_data: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.batches < 1:
+            raise UsageError(f"taylor: batches is {self.batches}: it must be 1 or more")
 
     def score(self, context: Context) -> Scores:
         """Return the mean squared first-order change of the loss without each unit.

@@ -17,9 +17,9 @@ from torch import nn
 
 from archsearch.errors import UsageError
 from archsearch.graph import Selection
-from archsearch.pruners.calibration import Gram, contribution_grams, in_total, one_filter_a_sample
+from archsearch.pruners.calibration import Grams, contribution_grams, in_total, one_filter_a_place
 from archsearch.pruners.pruner import PRUNERS, Context, Scores
-from archsearch.pruners.reconstruction import scale_kept
+from archsearch.pruners.reconstruction import check_sampling, scale_kept
 
 
 def removal_order(gram: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
@@ -28,16 +28,12 @@ def removal_order(gram: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
     Each step drops the unit that leaves the least squared sum of all dropped contributions (Luo et al., ICCV
     2017, algorithm 1).
     """
-    size = len(gram)
-    order = np.empty(size, dtype=np.int64)
-    left = np.ones(size, dtype=bool)
-    with_dropped = np.zeros(size)  # G 1_T
-    diagonal = np.diagonal(gram)
-    for step in range(size):
-        added = np.where(left, 2 * with_dropped + diagonal, np.inf)
-        order[step] = unit = int(np.argmin(added))
-        left[unit] = False
-        with_dropped += gram[unit]
+    order = np.empty(len(gram), dtype=np.int64)
+    errors = np.diagonal(gram).astype(float)  # of dropping each unit, less that of those already dropped
+    for step in range(len(gram)):
+        order[step] = unit = int(np.argmin(errors))
+        errors += 2 * gram[unit]
+        errors[unit] = np.inf
     return order
 
 
@@ -77,6 +73,7 @@ class ThiNet:
         images: Calibration images.
         places: Random output positions of each image and layer, each with one random filter.
         variant: ``"removal"`` (ICCV 2017) or ``"addition"`` with a refit in every step (TPAMI 2019).
+        ridge: Of the factors; see ``least_change``.
     """
 
     images: int = 100
@@ -89,6 +86,7 @@ class ThiNet:
     needs_data: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_sampling("thinet", self.images, self.places, self.ridge)
         if self.variant not in ("removal", "addition"):
             raise UsageError(f"thinet: variant is '{self.variant}': it must be 'removal' or 'addition'")
 
@@ -108,5 +106,5 @@ class ThiNet:
         """Return the small network, with a factor on each channel that a layer reads, by least squares."""
         return scale_kept(context, selection, self._grams(context), self.ridge)
 
-    def _grams(self, context: Context) -> dict[str, dict[int, Gram]]:
-        return contribution_grams(context, self.images, self.places, one_filter_a_sample)
+    def _grams(self, context: Context) -> Grams:
+        return contribution_grams(context, self.images, self.places, one_filter_a_place)
