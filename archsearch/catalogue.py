@@ -22,7 +22,8 @@ def _pruners(pattern: str) -> Iterable[str]:
 
     for name in PRUNERS.names(pattern):
         pruner = PRUNERS[name]
-        yield f"{name:<10} {_first_line(pruner)} [{pruner.source}; allocation {pruner.allocation}]"
+        needs = "; looks at training images" if pruner.needs_data else ""
+        yield f"{name:<10} {_first_line(pruner)} [{pruner.source}; allocation {pruner.allocation}{needs}]"
 
 
 def _allocations(pattern: str) -> Iterable[str]:
