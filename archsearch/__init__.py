@@ -13,17 +13,17 @@ if TYPE_CHECKING:
     from archsearch.api import find
     from archsearch.architecture import Architecture
     from archsearch.cost import CostModel
-    from archsearch.grouping import channel_graph
     from archsearch.rebuild import load
+    from archsearch.verification import prunable_graph as channel_graph
     from archsearch.verification import verify
 
 _HOMES = {
-    "find": "api",
-    "load": "rebuild",
-    "channel_graph": "grouping",
-    "verify": "verification",
-    "Architecture": "architecture",
-    "CostModel": "cost",
+    "find": "api.find",
+    "load": "rebuild.load",
+    "channel_graph": "verification.prunable_graph",
+    "verify": "verification.verify",
+    "Architecture": "architecture.Architecture",
+    "CostModel": "cost.CostModel",
 }
 
 __all__ = ["Architecture", "CostModel", "channel_graph", "find", "load", "verify"]
@@ -32,4 +32,5 @@ __all__ = ["Architecture", "CostModel", "channel_graph", "find", "load", "verify
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'archsearch' has no attribute '{name}'")
-    return getattr(import_module(f"archsearch.{_HOMES[name]}"), name)
+    module, _, attribute = _HOMES[name].partition(".")
+    return getattr(import_module(f"archsearch.{module}"), attribute)

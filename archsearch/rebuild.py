@@ -17,12 +17,11 @@ from archsearch.construction import build_recorded, build_resized
 from archsearch.cost import CostModel
 from archsearch.errors import ArchsearchError, SpecError, UsageError
 from archsearch.graph import ChannelGraph, Selection
-from archsearch.grouping import channel_graph
 from archsearch.models import ModelSource, resolve
 from archsearch.surgery import kept_slices, shrink
 from archsearch.tensor_files import check_tensors, read_weights
 from archsearch.tracing import output_tensors
-from archsearch.verification import Verification, rehearse, verify
+from archsearch.verification import Verification, prunable_graph, verify
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ def trace_source(
         model, order = build_recorded(build)
     example = example_input(input_shape)
     try:
-        graph = rehearse(model, channel_graph(model, example), example)
+        graph = prunable_graph(model, example)
     except ArchsearchError as error:  # the network runs, but not on such an input
         raise UsageError(f"{source.name} on an input of {tuple(input_shape)}: {error}") from error
     return Traced(source.name, arguments, model, example, graph, CostModel(model, graph), build, order)
@@ -137,7 +136,7 @@ def trace_module(model: nn.Module, example: Any) -> Traced:
         model: Any network; not changed.
         example: One input ``(1, ...)``, or the positional (tuple) or named (mapping) arguments of the model.
     """
-    graph = rehearse(model, channel_graph(model, example), example)
+    graph = prunable_graph(model, example)
     kind = type(model)
     return Traced(
         f"{kind.__module__}:{kind.__qualname__}", {}, model, example, graph, CostModel(model, graph)

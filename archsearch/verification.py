@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from archsearch.graph import STAYS, ChannelGraph, Selection
-from archsearch.grouping import freeze_groups
+from archsearch.grouping import channel_graph, freeze_groups
 from archsearch.labels import DimLabels
 from archsearch.rules import Mix, op_name
 from archsearch.surgery import mask, shrink
@@ -191,6 +191,19 @@ def _narrow_norm(op: str, args: list[Any], indices: torch.Tensor) -> None:
     elif op == "aten::native_group_norm":
         args[1:3] = [a[indices] if isinstance(a, torch.Tensor) else a for a in args[1:3]]
         args[4] = len(indices)
+
+
+def prunable_graph(model: nn.Module, example: Any) -> ChannelGraph:
+    """Find the channel groups of a network that can be removed: those of the trace that pass the rehearsal.
+
+    Args:
+        model: Any network, on any device, in any mode; left exactly as it was.
+        example: An input ``(N, ...)``, or the positional (tuple) or named (mapping) arguments of the model.
+
+    Raises:
+        UsageError: If the model fails on the example.
+    """
+    return rehearse(model, channel_graph(model, example), example)
 
 
 def rehearse(model: nn.Module, graph: ChannelGraph, example: Any, *, seed: int = 0) -> ChannelGraph:

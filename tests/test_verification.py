@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from networks import NETWORKS, HardCoded, MeasuredParts, Network, UnequalParts, pooled
 from torch import Tensor, nn
 
+import archsearch
 from archsearch import rules, verification
 from archsearch.cost import CostModel
 from archsearch.graph import ChannelGraph, Selection
@@ -386,3 +387,12 @@ def test_attention_that_checks_its_sizes_stays_and_the_layers_beside_it_in_one_c
     graph = rehearse(model, channel_graph(model, example), example)
     assert graph.sizes == {"encoder.layers.0.linear1": 24, "encoder.layers.1.linear1": 24}
     assert verify(model, graph, random_selection(graph, 0, 0.5), example).ok
+
+
+def test_the_graph_that_users_ask_for_is_rehearsed() -> None:
+    model, example = Encoder(), torch.randn(1, 5, 16)
+    assert len(channel_graph(model, example).groups) > 2
+    assert list(archsearch.channel_graph(model, example).groups) == [
+        "encoder.layers.0.linear1",
+        "encoder.layers.1.linear1",
+    ]
