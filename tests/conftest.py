@@ -1,4 +1,4 @@
-"""Settings of all tests: no time limit on a machine that others share, and the same examples in every CI run."""
+"""Settings of hypothesis: no time limit on shared machines, and the same examples in every CI run."""
 
 from __future__ import annotations
 
