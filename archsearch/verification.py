@@ -172,6 +172,9 @@ class _OverKept(OpMode):
             shape = list(first.shape)
             shape[dim] = full
             first = first.new_zeros(shape).index_copy(dim, indices, first)
+        # In the layout in memory that the op gives, since later ops may depend on it.
+        usual = func(*args, **kwargs)
+        first = torch.empty_like(usual[0] if isinstance(usual, (tuple, list)) else usual).copy_(first)
         return (first, *result[1:]) if isinstance(result, (tuple, list)) else first
 
 
