@@ -123,6 +123,10 @@ class ChannelGraph:
         """The name of each unit's group."""
         return tuple(name for name, group in self.groups.items() for _ in range(group.size))
 
+    def groups_of(self, units: Units) -> list[str]:
+        """Return the groups that some units belong to, in order of execution."""
+        return list(dict.fromkeys(self.group_of_unit[unit] for unit in np.unique(units) if unit != STAYS))
+
     @cached_property
     def networkx(self) -> nx.DiGraph:
         """Layers and groups as nodes; an edge from each producer to its group, and on to each consumer.

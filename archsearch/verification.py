@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from archsearch.graph import STAYS, ChannelGraph, Selection
+from archsearch.graph import ChannelGraph, Selection
 from archsearch.grouping import channel_graph, freeze_groups
 from archsearch.labels import DimLabels
 from archsearch.rules import Mix, op_name
@@ -167,14 +167,13 @@ class _OverKept(OpMode):
             return func(*args, **kwargs)
         self.over_kept.add(mix.op)
         result = func(*narrowed, **kwargs)
-        first = result[0] if isinstance(result, (tuple, list)) else result
+        first = output_tensors(result)[0]
         for dim, (indices, full) in restored.items() if mix.op in _KEEPS_SHAPE else ():
             shape = list(first.shape)
             shape[dim] = full
             first = first.new_zeros(shape).index_copy(dim, indices, first)
         # In the layout in memory that the op gives, since later ops may depend on it.
-        usual = func(*args, **kwargs)
-        first = torch.empty_like(usual[0] if isinstance(usual, (tuple, list)) else usual).copy_(first)
+        first = torch.empty_like(output_tensors(func(*args, **kwargs))[0]).copy_(first)
         return (first, *result[1:]) if isinstance(result, (tuple, list)) else first
 
 
@@ -376,9 +375,9 @@ def _groups_at(graph: ChannelGraph, step: int, site: Site) -> set[str]:
 
 
 def _groups_in(graph: ChannelGraph, labels: Iterable[DimLabels]) -> set[str]:
-    units: set[int] = set()
-    for dims in labels:
-        for atoms in dims.values():
-            units.update(np.unique(graph.unit_of_atom[atoms]).tolist())
-    units.discard(STAYS)
-    return {graph.group_of_unit[unit] for unit in units}
+    return {
+        group
+        for dims in labels
+        for atoms in dims.values()
+        for group in graph.groups_of(graph.unit_of_atom[atoms])
+    }

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from scipy.sparse import csr_array, hstack
 
-from archsearch.graph import STAYS, ChannelGraph, Units
+from archsearch.graph import Units
 from archsearch.pruners.pruner import Context
 from archsearch.pruners.reading import Reading, Run, watch
 
@@ -112,7 +112,7 @@ def contribution_grams(context: Context, images: int, places: int, add_up: AddUp
     batch = first_images(context, images)
 
     def see(reading: Reading, run: Run) -> torch.Tensor:
-        groups = [graph.groups[name] for name in groups_of(graph, reading.units)]
+        groups = [graph.groups[name] for name in graph.groups_of(reading.units)]
         units = [membership(reading.units - group.first_unit, group.size) for group in groups]
         matrix, samples = add_up(reading, places * len(batch), draw, hstack(units, format="csr"))
         end = 0
@@ -146,8 +146,3 @@ def first_images(context: Context, images: int) -> torch.Tensor:
         if left <= 0:
             break
     return torch.cat(found)
-
-
-def groups_of(graph: ChannelGraph, units: Units) -> list[str]:
-    """Return the groups that some units belong to."""
-    return list(dict.fromkeys(graph.group_of_unit[unit] for unit in np.unique(units) if unit != STAYS))

@@ -12,7 +12,7 @@ from torch import nn
 
 from archsearch.errors import UsageError
 from archsearch.graph import Selection, Units
-from archsearch.pruners.calibration import Grams, Matrix, first_images, groups_of, membership
+from archsearch.pruners.calibration import Grams, Matrix, first_images, membership
 from archsearch.pruners.pruner import Context
 from archsearch.pruners.reading import Reading, Run, watch
 from archsearch.surgery import shrink
@@ -68,7 +68,7 @@ def scale_kept(context: Context, selection: Selection, grams: Grams, ridge: floa
     for number in watch(small, context.graph, first_images(context, 1), see, selection):
         reading = readings[number]
         factors = torch.ones(len(reading.units), dtype=torch.float64)
-        for name in groups_of(context.graph, reading.units):
+        for name in context.graph.groups_of(reading.units):
             group = context.graph.groups[name]
             change = np.zeros(group.size)
             change[selection[name]] = factor_changes(grams[name][number].matrix, selection[name], ridge)
