@@ -134,6 +134,7 @@ def append_line(path: Location, line: str) -> None:
         _refuse_special(Path(path))
         descriptor = os.open(path, flags, 0o666)
         try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # until it is closed: what is looked at stays the end
             size = os.fstat(descriptor).st_size
             if size and os.pread(descriptor, 1, size - 1) != b"\n":
                 data = b"\n" + data
