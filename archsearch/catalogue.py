@@ -22,8 +22,8 @@ def _pruners(pattern: str) -> Iterable[str]:
 
     for name in PRUNERS.names(pattern):
         pruner = PRUNERS[name]
-        needs = "; looks at training images" if pruner.needs_data else ""
-        yield f"{name:<10} {_first_line(pruner)} [{pruner.source}; allocation {pruner.allocation}{needs}]"
+        needs = f"; needs {', '.join(pruner.needs)}" if pruner.needs else ""
+        yield f"{name:<12} {_first_line(pruner)} [{pruner.source}; allocation {pruner.allocation}{needs}]"
 
 
 def _allocations(pattern: str) -> Iterable[str]:

@@ -166,8 +166,10 @@ class _Search:
         self._budget: Budget = BUDGETS[plan.budget]
         if trainer is None and plan.budget != "none":
             raise UsageError(f"--budget {plan.budget} trains networks: give --data, or --budget none")
-        if trainer is None and PRUNERS[plan.method].needs_data:
-            raise UsageError(f"--method {plan.method} looks at training images: give --data")
+        if trainer is None and PRUNERS[plan.method].needs:
+            raise UsageError(
+                f"--method {plan.method} needs {', '.join(PRUNERS[plan.method].needs)}: give --data"
+            )
         self._allowed = plan.space.allowed(traced.graph)
         self.reference_cost = traced.cost.reference
 

@@ -46,11 +46,29 @@ class Trainer:
     callbacks: Callable[[str, Path], Sequence[Callback]] = lambda label, directory: ()
     checkpoint_every_s: float = 300.0
 
-    def train(self, label: str, model: nn.Module, recipe: Recipe, seed: int) -> Trained:
-        """Train a network, or find that it was trained before, and measure it on the test set."""
+    def train(
+        self,
+        label: str,
+        model: nn.Module,
+        recipe: Recipe,
+        seed: int,
+        *,
+        callbacks: Sequence[Callback] = (),
+        identity: Mapping[str, Any] | None = None,
+    ) -> Trained:
+        """Train a network, or find that it was trained before, and measure it on the test set.
+
+        Args:
+            label: What the user calls it.
+            model: Is trained in place.
+            recipe: How.
+            seed: Of the order of the images and the like.
+            callbacks: Called before those that only keep records.
+            identity: What these callbacks do to the training, as plain values; part of its address.
+        """
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         facts = describe(model, recipe, seed, resolve_device(self.device), world_size)
-        identity = {"data": self.data.fingerprint}
+        identity = {"data": self.data.fingerprint, **(identity or {})}
         directory = self.store / "trainings" / _key({**facts, **identity})
         result = train(
             model,
@@ -60,7 +78,7 @@ class Trainer:
             seed=seed,
             directory=directory,
             device=self.device,
-            callbacks=[MetricsFile(directory / "metrics.csv"), *self.callbacks(label, directory)],
+            callbacks=[*callbacks, MetricsFile(directory / "metrics.csv"), *self.callbacks(label, directory)],
             checkpoint_every_s=self.checkpoint_every_s,
             identity=identity,
         )

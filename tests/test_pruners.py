@@ -3,7 +3,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from archsearch.errors import UsageError
 from archsearch.graph import ChannelGroup, Selection, layer_of
 from archsearch.grouping import channel_graph
 from archsearch.models import resolve
-from archsearch.pruners import PRUNERS, Context, Scores, inherit_weights
+from archsearch.pruners import PRUNERS, Context, Need, Scores, inherit_weights
 from archsearch.space import SearchSpace
 from archsearch.surgery import shrink
 from archsearch.targets import Target
@@ -171,7 +171,7 @@ def test_a_network_in_double_precision_is_scored_like_the_same_in_single(pruner:
 def test_a_method_that_needs_images_says_so_without_any_and_others_need_none(pruner: str) -> None:
     context = context_of(NETWORKS["Chain"])
     blind = dataclasses.replace(context, batches=None)
-    if not PRUNERS[pruner].needs_data:
+    if not PRUNERS[pruner].needs:
         seen = score(pruner, context)
         assert all(np.array_equal(worth, seen[name]) for name, worth in score(pruner, blind).items())
         return
@@ -206,7 +206,7 @@ def test_a_pruner_says_where_it_is_from_and_which_allocation_it_is_published_wit
     kind = PRUNERS[pruner]
     assert len(kind.source) > 10
     assert kind.allocation in ALLOCATIONS
-    assert isinstance(kind.needs_data, bool)
+    assert set(kind.needs) <= set(get_args(Need))
     assert kind.__doc__
 
 
@@ -237,7 +237,7 @@ def test_hyper_parameters_that_cannot_be_are_refused(pruner: str, wrong: dict[st
 # --- useless channels, planted --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pruner", [name for name in PRUNERS if PRUNERS[name].needs_data])
+@pytest.mark.parametrize("pruner", [name for name in PRUNERS if PRUNERS[name].needs])
 @pytest.mark.parametrize("where", ["filters", "readers"])
 def test_methods_that_look_at_data_drop_planted_dead_channels_first(pruner: str, where: str) -> None:
     """Channels whose filters are zero, behind a norm that shifts nothing, or that every reader ignores."""

@@ -13,6 +13,6 @@ from archsearch.pruners import (  # noqa: F401  importing a method registers it
     taylor,
     thinet,
 )
-from archsearch.pruners.pruner import PRUNERS, Context, Pruner, Scores, inherit_weights
+from archsearch.pruners.pruner import PRUNERS, Context, Need, Pruner, Scores, inherit_weights
 
-__all__ = ["PRUNERS", "Context", "Pruner", "Scores", "inherit_weights"]
+__all__ = ["PRUNERS", "Context", "Need", "Pruner", "Scores", "inherit_weights"]

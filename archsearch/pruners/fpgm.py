@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from archsearch.pruners.filters import filters
-from archsearch.pruners.pruner import PRUNERS, Context, Scores
+from archsearch.pruners.pruner import PRUNERS, Context, Need, Scores
 from archsearch.tracing import model_tensors
 
 
@@ -19,7 +19,7 @@ class Fpgm:
 
     source: ClassVar[str] = "He et al., Filter Pruning via Geometric Median, CVPR 2019, equation 6"
     allocation: ClassVar[str] = "local"
-    needs_data: ClassVar[bool] = False
+    needs: ClassVar[tuple[Need, ...]] = ()
 
     def score(self, context: Context) -> Scores:
         """Return the sum of each filter's Euclidean distances to all others of its group."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from archsearch.pruners.filters import filters
-from archsearch.pruners.pruner import PRUNERS, Context, Scores
+from archsearch.pruners.pruner import PRUNERS, Context, Need, Scores
 from archsearch.tracing import model_tensors
 
 
@@ -35,7 +35,7 @@ class L1Norm:
 
     source: ClassVar[str] = "Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017, section 3.1"
     allocation: ClassVar[str] = "global"
-    needs_data: ClassVar[bool] = False
+    needs: ClassVar[tuple[Need, ...]] = ()
 
     def score(self, context: Context) -> Scores:
         """Return the L1 norm of each unit's filters."""
@@ -49,7 +49,7 @@ class L2Norm:
 
     source: ClassVar[str] = "He et al., Soft Filter Pruning, IJCAI 2018, section 3.2, one-shot"
     allocation: ClassVar[str] = "global"
-    needs_data: ClassVar[bool] = False
+    needs: ClassVar[tuple[Need, ...]] = ()
 
     def score(self, context: Context) -> Scores:
         """Return the L2 norm of each unit's filters."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from archsearch.errors import UsageError
 from archsearch.pruners.filters import rows_of
-from archsearch.pruners.pruner import PRUNERS, Context, Scores
+from archsearch.pruners.pruner import PRUNERS, Context, Need, Scores
 
 _NORMS = (
     nn.modules.batchnorm._BatchNorm,
@@ -34,7 +34,7 @@ class NormScale:
         "Liu et al., Learning Efficient ConvNets through Network Slimming, ICCV 2017, section 3"
     )
     allocation: ClassVar[str] = "threshold"
-    needs_data: ClassVar[bool] = False
+    needs: ClassVar[tuple[Need, ...]] = ()
 
     def score(self, context: Context) -> Scores:
         """Return the mean absolute scale of each unit, infinite where a group has no norm.

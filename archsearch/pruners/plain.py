@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from archsearch.pruners.pruner import PRUNERS, Context, Scores
+from archsearch.pruners.pruner import PRUNERS, Context, Need, Scores
 
 
 @PRUNERS.register("uniform")
@@ -17,7 +17,7 @@ class Uniform:
 
     source: ClassVar[str] = "width multiplier, Howard et al., MobileNets, 2017, section 3.3"
     allocation: ClassVar[str] = "local"
-    needs_data: ClassVar[bool] = False
+    needs: ClassVar[tuple[Need, ...]] = ()
 
     def score(self, context: Context) -> Scores:
         """Return scores that fall with the channel's index."""
@@ -31,7 +31,7 @@ class Random:
 
     source: ClassVar[str] = "Mittal et al., Recovering from Random Pruning, WACV 2018"
     allocation: ClassVar[str] = "global"
-    needs_data: ClassVar[bool] = False
+    needs: ClassVar[tuple[Need, ...]] = ()
 
     def score(self, context: Context) -> Scores:
         """Return scores drawn uniformly from [0, 1)."""

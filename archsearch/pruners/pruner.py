@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import nn
@@ -14,8 +14,22 @@ from archsearch.errors import UsageError
 from archsearch.graph import ChannelGraph, Selection
 from archsearch.registry import Registry
 from archsearch.surgery import shrink
+from archsearch.training.callbacks import Callback
 
-__all__ = ["PRUNERS", "Context", "Inheriting", "Pruner", "Scores", "inherit_weights"]
+__all__ = [
+    "PRUNERS",
+    "Context",
+    "Inheriting",
+    "Need",
+    "Pruner",
+    "Scores",
+    "SparseTraining",
+    "Sparsifying",
+    "inherit_weights",
+]
+
+Need: TypeAlias = Literal["images", "labels", "gradients", "sparse training"]
+"""What a method needs beside the trained weights."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +42,14 @@ class Context:
         seed: For methods that draw.
         batches: Returns batches of training images and labels, not augmented, always the same; ``None``
             without data.
+        sparse: What a method's own sparse training trained, with its factors; ``None`` without one.
     """
 
     model: nn.Module
     graph: ChannelGraph
     seed: int = 0
     batches: Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor]]] | None = None
+    sparse: nn.Module | None = None
 
     def calibration(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Return the calibration batches, on the model's device and in its precision.
@@ -63,12 +79,12 @@ class Pruner(Protocol):
     Attributes:
         source: The paper, and what in it.
         allocation: The allocation that the method is published with.
-        needs_data: Whether it looks at training images.
+        needs: What it needs beside the trained weights.
     """
 
     source: ClassVar[str]
     allocation: ClassVar[str]
-    needs_data: ClassVar[bool]
+    needs: ClassVar[tuple[Need, ...]]
 
     def score(self, context: Context) -> Scores:
         """Return what each unit of each group is worth, ``(size,)``; larger is kept.
@@ -86,6 +102,42 @@ class Inheriting(Protocol):
         """Return the small network with adapted weights.
 
         The pipeline calls it where weights are inherited, with the context that was scored.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class SparseTraining:
+    """How a method trains the reference, so that what it will remove fades.
+
+    Attributes:
+        network: What is trained: the reference itself, or a wrapper with factors beside it. All that changes
+            during the training is a parameter or a buffer of it, so that checkpoints hold it.
+        callbacks: Change gradients and weights during the training; they keep nothing themselves.
+        plain: Returns the reference with everything merged into its weights; called after the training.
+    """
+
+    network: nn.Module
+    callbacks: Sequence[Callback]
+    plain: Callable[[], nn.Module]
+
+
+@runtime_checkable
+class Sparsifying(Protocol):
+    """A pruner that trains the reference its own way before it scores."""
+
+    def sparse_training(
+        self, model: nn.Module, graph: ChannelGraph, widths: Mapping[str, int]
+    ) -> SparseTraining:
+        """Return what to train.
+
+        The pipeline calls it before the training, trains with the recipe of the reference, and scores
+        ``plain()`` with the trained ``network`` as ``Context.sparse``.
+
+        Args:
+            model: The reference, fresh or with the weights that were given; may be trained in place.
+            graph: Its channel groups.
+            widths: Uniform widths that meet the target, for methods that aim at some while they train.
         """
         ...
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from archsearch.graph import Selection
 from archsearch.pruners.calibration import Matrix, all_filters, contribution_grams, in_total
-from archsearch.pruners.pruner import PRUNERS, Context, Scores
+from archsearch.pruners.pruner import PRUNERS, Context, Need, Scores
 from archsearch.pruners.reconstruction import check_sampling, refit_readers
 
 
@@ -64,7 +64,7 @@ class Regression:
         "He et al., Channel Pruning for Accelerating Very Deep Neural Networks, ICCV 2017, section 3.1"
     )
     allocation: ClassVar[str] = "local"
-    needs_data: ClassVar[bool] = True
+    needs: ClassVar[tuple[Need, ...]] = ("images",)
 
     def __post_init__(self) -> None:
         check_sampling("regression", self.images, self.places, self.ridge)

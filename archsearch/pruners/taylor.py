@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from archsearch.errors import UsageError
 from archsearch.pruners.filters import rows_of
-from archsearch.pruners.pruner import PRUNERS, Context, Scores
+from archsearch.pruners.pruner import PRUNERS, Context, Need, Scores
 from archsearch.tracing import output_tensors, untouched
 
 
@@ -35,7 +35,7 @@ class Taylor:
         "Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019, section 3.1"
     )
     allocation: ClassVar[str] = "threshold"
-    needs_data: ClassVar[bool] = True
+    needs: ClassVar[tuple[Need, ...]] = ("images", "labels", "gradients")
 
     def __post_init__(self) -> None:
         if self.batches < 1:

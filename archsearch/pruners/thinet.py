@@ -18,7 +18,7 @@ from torch import nn
 from archsearch.errors import UsageError
 from archsearch.graph import Selection
 from archsearch.pruners.calibration import Grams, contribution_grams, in_total, one_filter_a_place
-from archsearch.pruners.pruner import PRUNERS, Context, Scores
+from archsearch.pruners.pruner import PRUNERS, Context, Need, Scores
 from archsearch.pruners.reconstruction import check_sampling, scale_kept
 
 
@@ -83,7 +83,7 @@ class ThiNet:
 
     source: ClassVar[str] = "Luo et al., ThiNet, ICCV 2017, algorithm 1; TPAMI 2019, section 3.3"
     allocation: ClassVar[str] = "local"
-    needs_data: ClassVar[bool] = True
+    needs: ClassVar[tuple[Need, ...]] = ("images",)
 
     def __post_init__(self) -> None:
         check_sampling("thinet", self.images, self.places, self.ridge)
