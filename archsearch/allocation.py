@@ -93,7 +93,7 @@ def solve(
         raise InfeasibleError("no channel group of this network can be pruned; `archsearch show` says why")
     steps = [allowed[name] for name in names]
     falling = [-priorities[name] for name in names]
-    limits = [(_count(cost, target.resource), _limit(cost, target)) for target in targets]
+    limits = [(counter(cost, target.resource), _limit(cost, target)) for target in targets]
 
     def fits(widths: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """Return which of the candidates ``(B, G)`` meet all targets, ``(B,)``."""
@@ -144,26 +144,36 @@ def solve(
     return cost.mapping(at(positions))
 
 
-def _count(cost: CostModel, resource: Resource) -> Count:
+def counter(cost: CostModel, resource: Resource) -> Count:
+    """Return what counts a resource at given widths."""
     counts: dict[Resource, Count] = {
         "flops": cost.macs,
         "params": cost.params,
         "memory": cost.peak_activation_bytes,
+        "channels": lambda widths: widths.sum(-1),
     }
     return counts[resource]
 
 
 def _limit(cost: CostModel, target: Target) -> int:
-    return target.limit(int(_count(cost, target.resource)(cost.sizes)))
+    return target.limit(int(counter(cost, target.resource)(cost.sizes)))
+
+
+_UNITS: Mapping[Resource, str] = {
+    "flops": "MACs",
+    "params": "parameters",
+    "memory": "bytes",
+    "channels": "channels",
+}
 
 
 def _unreachable(cost: CostModel, widths: npt.NDArray[np.int64], targets: Sequence[Target]) -> str:
     parts = []
     for target in targets:
-        count = _count(cost, target.resource)
+        count = counter(cost, target.resource)
         least, full = int(count(widths)), int(count(cost.sizes))
         if least > _limit(cost, target):
-            unit = {"flops": "MACs", "params": "parameters", "memory": "bytes"}[target.resource]
+            unit = _UNITS[target.resource]
             parts.append(
                 f"the target {target} asks for at most {_limit(cost, target):,} {unit}, the smallest allowed "
                 f"widths have {least:,} ({least / full:.4f} of the reference)"

@@ -13,8 +13,9 @@ from torch import nn
 from archsearch.data import DataSource, load_data
 from archsearch.errors import UsageError
 from archsearch.models import ModelSource, pretrained, resolve
-from archsearch.pipeline import Found, Plan
+from archsearch.pipeline import Found
 from archsearch.pipeline import find as run_plan
+from archsearch.plan import Plan
 from archsearch.presets import PRESETS
 from archsearch.rebuild import Traced, trace_module, trace_source
 from archsearch.recipe import RECIPES, Recipe
@@ -37,10 +38,15 @@ def find(
     flops: str | float | None = None,
     params: str | float | None = None,
     memory: str | float | None = None,
+    channels: str | float | None = None,
     preset: str | None = None,
     method: str = "l1_norm",
+    options: Mapping[str, Any] | None = None,
     allocation: str | None = None,
     space: SearchSpace | None = None,
+    steps: int = 1,
+    recover: int = 1,
+    recalibrate: bool = False,
     data: str | DataSource | None = "digits",
     data_options: Mapping[str, Any] | None = None,
     example: Any = None,
@@ -73,10 +79,15 @@ def find(
         flops: MACs that may stay, as a share (``0.5``, ``"50%"``) or absolute (``"60M"``).
         params: Parameters that may stay, likewise.
         memory: Bytes of peak activation memory that may stay, likewise.
+        channels: Channels of all prunable groups together that may stay, likewise.
         preset: Published widths, such as ``"resnet56-a"``, in place of a target.
         method: The pruner; ``archsearch list pruners``.
+        options: Its hyper-parameters, such as ``{"strength": 1e-4}``; the others are as published.
         allocation: How scores become widths: ``"local"`` or ``"global"``; by default the method's own.
         space: Which widths are allowed.
+        steps: In how many steps to prune; between two of them the network recovers.
+        recover: Epochs of each recovery, at the rate of the fine-tuning.
+        recalibrate: Whether batch norms get the statistics of training images after each cut.
         data: A data set's name, your own ``DataSource``, or ``None`` with a budget of ``"none"``.
         data_options: Further arguments of ``load_data``, such as ``data_dir``.
         example: For a network in hand without data: one input ``(1, ...)``.
@@ -106,7 +117,12 @@ def find(
         ArchsearchError: If anything asked for cannot be; before anything long has started.
     """
     source_data = None
-    asked: dict[Resource, str | float | None] = {"flops": flops, "params": params, "memory": memory}
+    asked: dict[Resource, str | float | None] = {
+        "flops": flops,
+        "params": params,
+        "memory": memory,
+        "channels": channels,
+    }
     targets = [Target.parse(resource, text) for resource, text in asked.items() if text is not None]
     chosen = PRESETS[preset] if preset is not None else None
     if model is None and chosen is not None:
@@ -124,9 +140,13 @@ def find(
     plan = Plan(
         targets=targets,
         method=method,
+        options=options or {},
         allocation=allocation,
         preset=chosen,
         space=space or SearchSpace(),
+        steps=steps,
+        recover=recover,
+        recalibrate=recalibrate,
         budget=budget,
         budget_cap=budget_cap,
         published_cost=published_cost,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,72 +15,20 @@ import torch
 from torch import nn
 
 from archsearch import files
-from archsearch.allocation import ALLOCATIONS, select, solve
 from archsearch.architecture import Architecture
 from archsearch.errors import ArchsearchError, UsageError
-from archsearch.graph import Selection
-from archsearch.presets import Preset
-from archsearch.pruners import PRUNERS, Context, inherit_weights
+from archsearch.graph import ChannelGraph, Selection
+from archsearch.plan import Plan
+from archsearch.pruners import SparseTraining, Sparsifying, options_of
+from archsearch.pruning import Learned, Pruned, prune, targets_at, uniform_widths
 from archsearch.rebuild import Traced, load_weights
 from archsearch.recipe import BUDGETS, Budget, Recipe
 from archsearch.results import Arm, Record
-from archsearch.space import SearchSpace
 from archsearch.targets import Target
 from archsearch.tensor_files import write_tensors
 from archsearch.trainer import Say, Trained, Trainer, arm_of, is_main
 from archsearch.training.determinism import derive_seed
 from archsearch.training.evaluation import evaluate
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to find, and how to compare it.
-
-    Attributes:
-        targets: What the widths must meet; empty with a preset.
-        method: The pruner's name.
-        allocation: The allocation's name; ``None`` for the method's own.
-        preset: Published widths in place of a method's.
-        space: Which widths are allowed.
-        budget: How the found network is trained.
-        published_cost: Whether Scratch-B counts FLOPs as Liu et al. publish them, instead of MACs.
-        recipe: How the reference is trained; the budget stretches it.
-        finetune: The budget of the fine-tuned arm.
-        seeds: How many times each arm is trained.
-        seed: The first seed.
-    """
-
-    targets: Sequence[Target] = ()
-    method: str = "l1_norm"
-    allocation: str | None = None
-    preset: Preset | None = None
-    space: SearchSpace = field(default_factory=SearchSpace)
-    budget: str = "scratch-b"
-    budget_cap: float | None = None
-    published_cost: bool = False
-    recipe: Recipe = field(default_factory=Recipe)
-    finetune: str = "finetune"
-    seeds: int = 1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise UsageError(f"--seeds {self.seeds}: at least 1")
-        if not self.targets and self.preset is None:
-            raise UsageError("nothing says how small: give --flops, --params or --memory, or a --preset")
-        if self.targets and self.preset is not None:
-            raise UsageError("a --preset has its own widths: leave out --flops, --params and --memory")
-        replace(BUDGETS[self.budget], cap=self.budget_cap)  # checks the cap
-        tuning = BUDGETS[self.finetune]
-        if not (tuning.inherits and tuning.epochs_divisor):
-            fitting = [name for name in BUDGETS if BUDGETS[name].inherits and BUDGETS[name].epochs_divisor]
-            raise UsageError(f"--finetune {self.finetune}: does not fine-tune; give {' or '.join(fitting)}")
-        ALLOCATIONS[self.allocation or PRUNERS[self.method].allocation]
-
-    @property
-    def label(self) -> str:
-        """What the found widths are called in tables."""
-        return self.method if self.preset is None else self.preset.name
 
 
 @dataclass(frozen=True)
@@ -136,8 +84,9 @@ def find(
     if out is not None:
         files.probe(out, 4 * search.reference_cost.params)
     search.uniform_widths()
-    reference, references = search.references(weights, trained)
-    selection = search.select(references[0])
+    arms, reference = search.references(weights, trained)
+    pruned = search.prune(reference)
+    selection = pruned.selection
     widths = {name: len(kept) for name, kept in selection.items()}
     verified = traced.verify(selection)
     if not verified.ok:
@@ -148,8 +97,8 @@ def find(
     written: list[Path] = []
     if out is not None and is_main():
         written += _write_architecture(architecture, out / "architecture.yaml")
-    arms, model = search.compare(references[0], selection)
-    record = Record(provenance, [reference, *arms])
+    compared, model = search.compare(pruned)
+    record = Record(provenance, [*arms, *compared])
     if out is not None and is_main():
         if trainer is not None or weights is not None or trained:
             write_tensors(out / "weights.safetensors", model.state_dict())
@@ -166,64 +115,73 @@ class _Search:
         self._budget: Budget = BUDGETS[plan.budget]
         if trainer is None and plan.budget != "none":
             raise UsageError(f"--budget {plan.budget} trains networks: give --data, or --budget none")
-        if trainer is None and PRUNERS[plan.method].needs:
-            raise UsageError(
-                f"--method {plan.method} needs {', '.join(PRUNERS[plan.method].needs)}: give --data"
-            )
+        if trainer is None and plan.pruner.needs:
+            raise UsageError(f"--method {plan.method} needs {', '.join(plan.pruner.needs)}: give --data")
+        if trainer is None and (plan.recalibrate or plan.steps > 1):
+            raise UsageError("--recalibrate and --steps look at training images: give --data")
         self._allowed = plan.space.allowed(traced.graph)
         self.reference_cost = traced.cost.reference
 
-    def references(self, weights: str | None, trained: bool) -> tuple[Arm, list[nn.Module]]:
-        """Return the arm of the reference and its network of each seed, one where its weights are given."""
+    def references(self, weights: str | None, trained: bool) -> tuple[list[Arm], Learned]:
+        """Return the arms of the reference, and what the method prunes: its network of the first seed.
+
+        Where its weights are given there is one network, and it is not trained; where the method trains the
+        reference its own way there is a second arm, of the first seed.
+        """
         # A network in hand stays as it is: weights are loaded and modes changed in a copy.
         model, cost = copy.deepcopy(self._traced.model), self.reference_cost
-        arm = Arm("reference", "reference", "reference", cost.macs, cost.params)
+        given = weights is not None or trained
         if weights is not None:
             load_weights(model, weights)
-        if weights is not None or trained or self._trainer is None:
-            if weights is None and not trained:
+        if given or self._trainer is None:
+            if not given:
                 self._say("the reference has fresh random weights: nothing was trained (--budget none)")
-            return replace(arm, accuracies=self._accuracies(model)), [model]
-        results = [
-            self._train("reference", self._fresh_reference(seed), self._plan.recipe, seed)
-            for seed in self._seeds
-        ]
-        return arm_of(arm.name, "reference", "reference", cost, results), [r.model for r in results]
+            arm = Arm("reference", "reference", "reference", cost.macs, cost.params)
+            arms = [replace(arm, accuracies=self._accuracies(model))]
+        else:
+            results = [
+                self._train("reference", self._fresh_reference(seed), self._plan.recipe, seed)
+                for seed in self._seeds
+            ]
+            arms = [arm_of("reference", "reference", "reference", cost, results)]
+            model = results[0].model
+        if not isinstance(self._plan.pruner, Sparsifying):
+            return arms, Learned(model)
+        start = model if given else self._fresh_reference(self._plan.seed)
+        widths = uniform_widths(
+            self._traced.cost, self._allowed, targets_at(self._plan, self._traced.cost, 1)
+        )
+        name = f"{self._plan.label}, sparse training"
+        training = self._plan.pruner.sparse_training(start, self._traced.graph, widths)
+        learned, result = self._train_sparsely(name, training, self._plan.recipe)
+        return [*arms, arm_of(name, "reference", "sparse training", cost, [result])], learned
 
     def uniform_widths(self) -> dict[str, int]:
         """Return the widths of one keep ratio for all groups, at the target, or at the MACs of the preset."""
-        targets = self._plan.targets
+        targets = list(self._plan.targets)
         if self._plan.preset is not None:
             cost = self._traced.cost.of(self._plan.preset.widths(self._traced.graph.sizes))
             targets = [Target("flops", absolute=cost.macs)]
-        uniform = PRUNERS["uniform"]
-        scores = uniform().score(Context(self._traced.model, self._traced.graph))
-        return solve(self._traced.cost, ALLOCATIONS[uniform.allocation](scores), self._allowed, targets)
+        return uniform_widths(self._traced.cost, self._allowed, targets)
 
-    def select(self, reference: nn.Module) -> Selection:
-        """Return the units of each group that the method keeps."""
-        plan = self._plan
-        scores = PRUNERS[plan.method]().score(self._context(reference))
-        if plan.preset is not None:
-            widths = plan.preset.widths(self._traced.graph.sizes)
-        else:
-            allocation = ALLOCATIONS[plan.allocation or PRUNERS[plan.method].allocation]
-            widths = solve(self._traced.cost, allocation(scores), self._allowed, plan.targets)
-        cost = self._traced.cost.of(widths)
+    def prune(self, reference: Learned) -> Pruned:
+        """Return what the method leaves of a trained reference."""
+        batches = self._trainer.calibration if self._trainer is not None else None
+        pruned = prune(self._traced, self._plan, reference, batches, self._recover)
+        cost = self._traced.cost.of({name: len(kept) for name, kept in pruned.selection.items()})
         macs, params = cost.macs / self.reference_cost.macs, cost.params / self.reference_cost.params
         self._say(
             f"{self._plan.label}: keeps {macs:.4f} of the MACs ({cost.macs:,}) "
             f"and {params:.4f} of the parameters ({cost.params:,})"
         )
-        return select(scores, widths)
+        return pruned
 
-    def compare(self, reference: nn.Module, selection: Selection) -> tuple[list[Arm], nn.Module]:
+    def compare(self, found: Pruned) -> tuple[list[Arm], nn.Module]:
         """Train all arms beside the reference; return them, and the found network of the first seed."""
         plan = self._plan
         arms: list[Arm] = []
-        widths = {name: len(kept) for name, kept in selection.items()}
+        widths = {name: len(kept) for name, kept in found.selection.items()}
         cost = self._traced.cost.of(widths)
-        pruned = inherit_weights(PRUNERS[plan.method](), self._context(reference), selection)
         if plan.budget == "none" or self._trainer is None:
             arms.append(
                 Arm(
@@ -232,10 +190,10 @@ class _Search:
                     "none",
                     cost.macs,
                     cost.params,
-                    accuracies=self._accuracies(pruned),
+                    accuracies=self._accuracies(found.model),
                 )
             )
-            return arms, pruned
+            return arms, found.model
         scratch = not self._budget.inherits
         if scratch and plan.method != "uniform":
             arms.append(self._scratch("uniform", self.uniform_widths())[0])
@@ -243,7 +201,7 @@ class _Search:
         tuned = [
             self._train(
                 f"{plan.label}, {tuning}",
-                copy.deepcopy(pruned),
+                copy.deepcopy(found.model),
                 BUDGETS[tuning].recipe(plan.recipe),
                 seed,
             )
@@ -255,10 +213,29 @@ class _Search:
         arm, model = self._scratch(plan.label, widths)
         return [*arms, arm], model
 
-    def _context(self, reference: nn.Module) -> Context:
-        """Return what the method may look at: the reference and images of the train split."""
-        batches = self._trainer.calibration if self._trainer is not None else None
-        return Context(reference.cpu().eval(), self._traced.graph, self._plan.seed, batches)
+    def _recover(
+        self, model: nn.Module, graph: ChannelGraph, widths: Mapping[str, int], step: int
+    ) -> Learned:
+        """Train a network on after a step of pruning, in the method's own way if it has one."""
+        plan = self._plan
+        recipe = BUDGETS[plan.finetune].recipe(plan.recipe).with_(epochs=plan.recover)
+        name = f"{plan.label}, recovery {step} of {plan.steps - 1}"
+        if isinstance(plan.pruner, Sparsifying):
+            return self._train_sparsely(name, plan.pruner.sparse_training(model, graph, widths), recipe)[0]
+        return Learned(self._train(name, model, recipe, plan.seed).model)
+
+    def _train_sparsely(self, name: str, training: SparseTraining, recipe: Recipe) -> tuple[Learned, Trained]:
+        """Train a network as the method asks for, so that what it will remove fades."""
+        identity = {"method": self._plan.method, "options": options_of(self._plan.pruner)}
+        result = self._train(
+            name,
+            training.network,
+            recipe,
+            self._plan.seed,
+            callbacks=training.callbacks,
+            identity={**identity, **training.identity},
+        )
+        return Learned(training.plain(), training.network), result
 
     def _scratch(self, label: str, widths: Mapping[str, int]) -> tuple[Arm, nn.Module]:
         plan, cost = self._plan, self._traced.cost.of(widths)
@@ -268,11 +245,11 @@ class _Search:
         results = [self._train(name, self._fresh(widths, seed), recipe, seed) for seed in self._seeds]
         return arm_of(name, label, plan.budget, cost, results), results[0].model
 
-    def _train(self, label: str, model: nn.Module, recipe: Recipe, seed: int) -> Trained:
+    def _train(self, label: str, model: nn.Module, recipe: Recipe, seed: int, **how: Any) -> Trained:
         if self._trainer is None:
             raise UsageError("there is no data to train with: give --data")
         label = f"{label}, seed {seed}" if self._plan.seeds > 1 else label
-        return self._trainer.train(label, model, recipe, seed)
+        return self._trainer.train(label, model, recipe, seed, **how)
 
     def _fresh(self, widths: Mapping[str, int], seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -304,8 +281,11 @@ class _Search:
 def _provenance(plan: Plan, conditions: Mapping[str, Any] | None) -> dict[str, Any]:
     return {
         "method": plan.method,
-        "allocation": "preset" if plan.preset else plan.allocation or PRUNERS[plan.method].allocation,
+        **({"options": dict(plan.options)} if plan.options else {}),
+        "allocation": "preset" if plan.preset else plan.allocation_name,
         "target": ", ".join(map(str, plan.targets)) or plan.label,
+        **({"steps": plan.steps, "recover": plan.recover} if plan.steps > 1 else {}),
+        **({"recalibrate": True} if plan.recalibrate else {}),
         "budget": plan.budget,
         "seed": plan.seed,
         "seeds": plan.seeds,

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 from archsearch.errors import UsageError
 
-Resource: TypeAlias = Literal["flops", "params", "memory"]
+Resource: TypeAlias = Literal["flops", "params", "memory", "channels"]
 
 _MULTIPLES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _PATTERN = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(%|[KMGT]?B?)", re.IGNORECASE)
@@ -17,7 +17,10 @@ _PATTERN = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(%|[KMGT]?B?)", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Target:
-    """A limit on one resource: MACs (``flops``), parameters, or bytes of peak activation memory.
+    """A limit on one resource: MACs (``flops``), parameters, bytes of peak activation memory, or channels.
+
+    Channels are those of all prunable groups together: ``channels 0.3`` is a published "70 % of the channels
+    pruned by one global threshold".
 
     Attributes:
         resource: What is limited.
@@ -61,6 +64,11 @@ class Target:
         if self.keep is not None:
             return int(self.keep * reference)
         return min(self.absolute, reference)
+
+    def part(self, reference: int, step: int, steps: int) -> Target:
+        """Return the limit after ``step`` of ``steps`` even steps from the reference to the target."""
+        limit = self.limit(reference)
+        return Target(self.resource, absolute=reference - (reference - limit) * step // steps)
 
     def __str__(self) -> str:
         amount = self.absolute if self.keep is None else float(self.keep)

@@ -34,9 +34,13 @@ def traced(name: str) -> tuple[CostModel, ChannelGraph]:
 
 def count(cost: CostModel, target: Target, widths: dict[str, int]) -> int:
     found = cost.of(widths)
-    return {"flops": found.macs, "params": found.params, "memory": found.peak_activation_bytes}[
-        target.resource
-    ]
+    counts = {
+        "flops": found.macs,
+        "params": found.params,
+        "memory": found.peak_activation_bytes,
+        "channels": sum(widths.values()),
+    }
+    return counts[target.resource]
 
 
 def limit(cost: CostModel, target: Target) -> int:

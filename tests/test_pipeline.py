@@ -19,7 +19,8 @@ from archsearch import files
 from archsearch.architecture import Architecture
 from archsearch.errors import InfeasibleError, SpecError, UsageError
 from archsearch.models import resolve
-from archsearch.pipeline import Plan, find
+from archsearch.pipeline import find
+from archsearch.plan import Plan
 from archsearch.presets import PRESETS
 from archsearch.rebuild import load, trace_source
 from archsearch.recipe import Recipe

@@ -59,12 +59,25 @@ def build_parser() -> argparse.ArgumentParser:
     target.add_argument("--flops", metavar="KEEP", help="multiply-adds that stay (1 FLOP = 1 multiply-add)")
     target.add_argument("--params", metavar="KEEP", help="parameters that stay")
     target.add_argument("--memory", metavar="KEEP", help="bytes of peak activation memory that stay")
+    target.add_argument("--channels", metavar="KEEP", help="channels of all groups together that stay")
     target.add_argument(
         "--preset", metavar="NAME", help="published widths, such as resnet56-a; implies the model"
     )
     method = find.add_argument_group("method")
     method.add_argument("--method", default="l1_norm", metavar="NAME", help="pruner (%(default)s)")
+    method.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="a hyper-parameter of the method"
+    )
     method.add_argument("--allocation", metavar="NAME", help="local or global (the method's own)")
+    method.add_argument(
+        "--steps", type=int, default=1, metavar="N", help="prune in N steps with recovery (%(default)s)"
+    )
+    method.add_argument(
+        "--recover", type=int, default=1, metavar="N", help="epochs of each recovery (%(default)s)"
+    )
+    method.add_argument(
+        "--recalibrate", action="store_true", help="fresh batch-norm statistics after each cut"
+    )
     _space_options(method)
     _data_options(find)
     training = _training_options(find)

@@ -116,7 +116,9 @@ def split_pairs(pairs: Sequence[str], option: str) -> dict[str, str]:
 def run_name(options: argparse.Namespace, data: str | None) -> str:
     """Return a directory name that says what the run is."""
     target = options.preset or "-".join(
-        f"{name}-{getattr(options, name)}" for name in ("flops", "params", "memory") if getattr(options, name)
+        f"{name}-{getattr(options, name)}"
+        for name in ("flops", "params", "memory", "channels")
+        if getattr(options, name)
     )
     parts = [options.model or "", data or "", options.method, target]
     return "-".join("".join(c if c.isalnum() or c in "._" else "-" for c in part) for part in parts if part)

@@ -13,6 +13,29 @@ from archsearch.pruners import (  # noqa: F401  importing a method registers it
     taylor,
     thinet,
 )
-from archsearch.pruners.pruner import PRUNERS, Context, Need, Pruner, Scores, inherit_weights
+from archsearch.pruners.options import make_pruner, options_of
+from archsearch.pruners.pruner import (
+    PRUNERS,
+    Batches,
+    Context,
+    Need,
+    Pruner,
+    Scores,
+    Sparsifying,
+    SparseTraining,
+    inherit_weights,
+)
 
-__all__ = ["PRUNERS", "Context", "Need", "Pruner", "Scores", "inherit_weights"]
+__all__ = [
+    "PRUNERS",
+    "Batches",
+    "Context",
+    "Need",
+    "Pruner",
+    "Scores",
+    "SparseTraining",
+    "Sparsifying",
+    "inherit_weights",
+    "make_pruner",
+    "options_of",
+]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from archsearch.training.callbacks import Callback
 
 __all__ = [
     "PRUNERS",
+    "Batches",
     "Context",
     "Inheriting",
     "Need",
@@ -27,6 +28,9 @@ __all__ = [
     "Sparsifying",
     "inherit_weights",
 ]
+
+Batches: TypeAlias = Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor]]]
+"""Returns batches of training images and labels, not augmented, always the same."""
 
 Need: TypeAlias = Literal["images", "labels", "gradients", "sparse training"]
 """What a method needs beside the trained weights."""
@@ -40,15 +44,14 @@ class Context:
         model: The trained reference, in eval mode.
         graph: Its channel groups.
         seed: For methods that draw.
-        batches: Returns batches of training images and labels, not augmented, always the same; ``None``
-            without data.
+        batches: Training images and labels; ``None`` without data.
         sparse: What a method's own sparse training trained, with its factors; ``None`` without one.
     """
 
     model: nn.Module
     graph: ChannelGraph
     seed: int = 0
-    batches: Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor]]] | None = None
+    batches: Batches | None = None
     sparse: nn.Module | None = None
 
     def calibration(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -115,11 +118,13 @@ class SparseTraining:
             during the training is a parameter or a buffer of it, so that checkpoints hold it.
         callbacks: Change gradients and weights during the training; they keep nothing themselves.
         plain: Returns the reference with everything merged into its weights; called after the training.
+        identity: What decides the training beside the pruner's hyper-parameters, as plain values.
     """
 
     network: nn.Module
     callbacks: Sequence[Callback]
     plain: Callable[[], nn.Module]
+    identity: Mapping[str, Any] = field(default_factory=dict)
 
 
 @runtime_checkable
