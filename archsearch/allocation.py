@@ -1,19 +1,21 @@
 """From scores and targets to widths.
 
-An allocation orders the units of all groups by a *priority*; the solver keeps as many of the first as the
-targets allow. The published presets bypass it: their widths are given.
+Most allocations order the units of all groups by a *priority*; the solver keeps as many of the first as the
+targets allow. The knapsack asks instead what each width of a group costs in error, and takes the widths with
+the least error in total. The published presets bypass both: their widths are given.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from archsearch.cost import CostModel
 from archsearch.errors import InfeasibleError
+from archsearch.knapsack import Count, Knapsack, filled
 from archsearch.registry import Registry
 from archsearch.space import Widths
 from archsearch.targets import Resource, Target
@@ -21,16 +23,32 @@ from archsearch.targets import Resource, Target
 Scores: TypeAlias = Mapping[str, npt.NDArray[np.float64]]
 """What each unit of each group is worth, ``(size,)``; larger is kept, and infinite ones last of all go."""
 
-Count: TypeAlias = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int64]]
-"""A cost of widths, ``(..., G) -> (...)``."""
+Curves: TypeAlias = Mapping[str, npt.NDArray[np.float64]]
+"""The error of keeping the best 0, 1, … units of each group, falling to 0, ``(size + 1,)``.
 
-Allocation: TypeAlias = Callable[[Scores], Scores]
+Errors of different groups compare, and add up. Infinite ones say that a group stays as long as it can.
+"""
+
+Ordering: TypeAlias = Callable[[Scores], Scores]
 """Turns scores into the priorities of keeping the best 1, 2, … units of each group, falling, ``(size,)``."""
+
+
+@runtime_checkable
+class Solving(Protocol):
+    """An allocation that finds the widths itself, from error curves."""
+
+    def widths(
+        self, cost: CostModel, curves: Curves, allowed: Mapping[str, Widths], targets: Sequence[Target]
+    ) -> dict[str, int]:
+        """Return widths that meet every target; see ``solve``."""
+        ...
+
+
+Allocation: TypeAlias = "Ordering | Solving"
 
 ALLOCATIONS: Registry[Allocation] = Registry("allocation")
 
 
-@ALLOCATIONS.register("local")
 def local(scores: Scores) -> Scores:
     """Keep the same share of every group: one uniform keep ratio."""
     return {
@@ -39,7 +57,6 @@ def local(scores: Scores) -> Scores:
     }
 
 
-@ALLOCATIONS.register("global")
 def global_threshold(scores: Scores) -> Scores:
     """Keep the units above one threshold, whatever their group; scores relative to their group's mean."""
     return {
@@ -50,10 +67,71 @@ def global_threshold(scores: Scores) -> Scores:
     }
 
 
-@ALLOCATIONS.register("threshold")
 def threshold(scores: Scores) -> Scores:
     """Keep the units above one threshold on the scores as they are: for methods that rank across groups."""
     return {name: -np.sort(-worth) for name, worth in scores.items()}
+
+
+class LeastError:
+    """Keep the widths with the least sum of the groups' error curves: a knapsack."""
+
+    def widths(
+        self, cost: CostModel, curves: Curves, allowed: Mapping[str, Widths], targets: Sequence[Target]
+    ) -> dict[str, int]:
+        """Return widths that meet every target; see ``solve``.
+
+        Where an error is infinite, its group keeps as much as it may. If that is above a target, the groups
+        with such errors share what the others leave at their smallest, by the share that each drops.
+
+        Raises:
+            InfeasibleError: If the smallest allowed widths are above a target.
+        """
+        limits, whole = _limits(cost, allowed, targets), whole_branches(cost, allowed)
+        steps = [allowed[name] for name in cost.names]
+        errors = [curves[name][step] for name, step in zip(cost.names, steps, strict=True)]
+        finite = [np.flatnonzero(np.isfinite(error)) for error in errors]
+        best = [step[at] if len(at) else step[-1:] for step, at in zip(steps, finite, strict=True)]
+        if _fits(limits, np.array([step[0] for step in best])):
+            known = [error[at] if len(at) else np.zeros(1) for error, at in zip(errors, finite, strict=True)]
+            return cost.mapping(whole(Knapsack(best, known, limits).solve()))
+        dropped = [
+            1 - step / size if np.isinf(error).any() else np.zeros(len(step))
+            for step, size, error in zip(steps, cost.sizes, errors, strict=True)
+        ]
+        return cost.mapping(whole(Knapsack(steps, dropped, limits).solve()))
+
+
+ALLOCATIONS.register("local")(local)
+ALLOCATIONS.register("global")(global_threshold)
+ALLOCATIONS.register("threshold")(threshold)
+ALLOCATIONS.register("knapsack")(LeastError())
+
+
+def allocate(
+    name: str,
+    cost: CostModel,
+    scores: Scores,
+    curves: Callable[[], Curves],
+    allowed: Mapping[str, Widths],
+    targets: Sequence[Target],
+) -> dict[str, int]:
+    """Return the widths that an allocation finds.
+
+    Args:
+        name: Of the allocation.
+        cost: The costs as functions of the widths.
+        scores: What each unit is worth.
+        curves: Returns the error curves; called where the allocation needs them.
+        allowed: The widths that each group may have, rising.
+        targets: What must be met; none keeps everything that is allowed.
+
+    Raises:
+        InfeasibleError: If the smallest allowed widths are above a target; says what can be reached.
+    """
+    allocation = ALLOCATIONS[name]
+    if isinstance(allocation, Solving):
+        return allocation.widths(cost, curves(), allowed, targets)
+    return solve(cost, allocation(scores), allowed, targets)
 
 
 def _stays(worth: npt.NDArray[np.float64]) -> bool:
@@ -77,7 +155,9 @@ def solve(
     """Return the widths that keep the units of highest priority and meet every target.
 
     First the largest set above one threshold that fits, then single steps in the order of priority, until no
-    group can grow: the result is never above a target, and no further step of any group fits.
+    group can grow: the result is never above a target, and no further step of any group fits. The groups of
+    a residual branch that may vanish have width 0 only where none of their units is above the threshold, and
+    take the first step together.
 
     Args:
         cost: The costs as functions of the widths.
@@ -88,60 +168,95 @@ def solve(
     Raises:
         InfeasibleError: If the smallest allowed widths are above a target; says what can be reached.
     """
-    names = cost.names
-    if not names:
-        raise InfeasibleError("no channel group of this network can be pruned; `archsearch show` says why")
-    steps = [allowed[name] for name in names]
-    falling = [-priorities[name] for name in names]
-    limits = [(counter(cost, target.resource), _limit(cost, target)) for target in targets]
-
-    def fits(widths: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """Return which of the candidates ``(B, G)`` meet all targets, ``(B,)``."""
-        meets = [count(widths) <= limit for count, limit in limits]
-        return np.logical_and.reduce(meets) if meets else np.ones(len(widths), dtype=bool)
+    limits, whole = _limits(cost, allowed, targets), whole_branches(cost, allowed)
+    steps = [allowed[name] for name in cost.names]
+    falling = [-priorities[name] for name in cost.names]
 
     def above(threshold: float) -> npt.NDArray[np.int64]:
         """Return the position in ``allowed`` of each group's width when units below the threshold go."""
         kept = [np.searchsorted(order, -threshold, side="right") for order in falling]
         return np.array(
             [
-                max(0, np.searchsorted(step, width, side="right") - 1)
+                max(int(step[0] == 0 < width), np.searchsorted(step, width, side="right") - 1)
                 for step, width in zip(steps, kept, strict=True)
             ]
         )
 
     def at(positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        return np.array([step[position] for step, position in zip(steps, positions, strict=True)])
+        """Return the widths at given positions, ``(..., G)``."""
+        columns = [step[position] for step, position in zip(steps, positions.T, strict=True)]
+        return np.stack(columns, axis=-1)
 
-    positions = np.zeros(len(names), dtype=np.int64)
-    if not fits(at(positions)[None])[0]:
-        raise InfeasibleError(_unreachable(cost, at(positions), targets))
+    def fit(positions: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        return _fits(limits, at(positions))
+
+    def first(groups: npt.NDArray[np.int64], grown: npt.NDArray[np.int64]) -> int:
+        """Return which group's next unit has the highest priority."""
+        widths = at(grown)
+        order = [falling[group][widths[row, group] - 1] for row, group in enumerate(groups)]
+        return int(np.argmin(order))
+
+    positions = np.zeros(len(steps), dtype=np.int64)
     thresholds = np.unique(np.concatenate([-order for order in falling]))[::-1]
     low, high = -1, len(thresholds) - 1
     while low < high:
         middle = (low + high + 1) // 2
-        if fits(at(above(thresholds[middle]))[None])[0]:
+        if fit(above(thresholds[middle])):
             low = middle
         else:
             high = middle - 1
     if low >= 0:
         positions = above(thresholds[low])
-    growing = np.array([position < len(step) - 1 for position, step in zip(positions, steps, strict=True)])
-    while growing.any():
-        candidates = np.flatnonzero(growing)
-        grown = np.repeat(at(positions)[None], len(candidates), axis=0)
-        for row, group in enumerate(candidates):
-            grown[row, group] = steps[group][positions[group] + 1]
-        possible = fits(grown)
-        growing[candidates[~possible]] = False  # costs only rise: what does not fit now never will
-        if not possible.any():
-            break
-        candidates, grown = candidates[possible], grown[possible]
-        order = [falling[group][grown[row, group] - 1] for row, group in enumerate(candidates)]
-        best = candidates[int(np.argmin(order))]
-        positions[best] += 1
-        growing[best] = positions[best] < len(steps[best]) - 1
-    return cost.mapping(at(positions))
+    return cost.mapping(whole(at(filled(positions, np.array(list(map(len, steps))), fit, first))))
+
+
+def whole_branches(cost: CostModel, allowed: Mapping[str, Widths]) -> Callable[[Widths], Widths]:
+    """Return what makes widths ``(..., G)`` right where only some groups of a residual branch have width 0.
+
+    These get the smallest width that is allowed and is not 0.
+    """
+    steps = [allowed[name] for name in cost.names]
+    branches = [branch for branch in cost.branches if all(steps[group][0] == 0 for group in branch)]
+    least = np.array([step[1] if step[0] == 0 else 0 for step in steps])
+
+    def whole(widths: Widths) -> Widths:
+        made = widths.copy()
+        for branch in branches:
+            some = widths[..., branch].any(-1, keepdims=True)
+            made[..., branch] = np.maximum(made[..., branch], some * least[branch])
+        return made
+
+    return whole
+
+
+def _limits(
+    cost: CostModel, allowed: Mapping[str, Widths], targets: Sequence[Target]
+) -> list[tuple[Count, int]]:
+    """Return what each target counts and its limit.
+
+    Raises:
+        InfeasibleError: If there is no group, or the smallest allowed widths are above a target.
+    """
+    if not cost.names:
+        raise InfeasibleError("no channel group of this network can be pruned; `archsearch show` says why")
+    whole = whole_branches(cost, allowed)
+    limits = [(_after(whole, counter(cost, target.resource)), _limit(cost, target)) for target in targets]
+    smallest = np.array([allowed[name][0] for name in cost.names])
+    if not _fits(limits, smallest):
+        raise InfeasibleError(_unreachable(cost, smallest, targets))
+    return limits
+
+
+def _after(whole: Callable[[Widths], Widths], count: Count) -> Count:
+    return lambda widths: count(whole(widths))
+
+
+def _fits(limits: Sequence[tuple[Count, int]], widths: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Return which widths meet all limits, ``(..., G) -> (...)``."""
+    fits = np.ones(widths.shape[:-1], dtype=bool)
+    for count, limit in limits:
+        fits &= count(widths) <= limit
+    return fits
 
 
 def counter(cost: CostModel, resource: Resource) -> Count:

@@ -12,6 +12,7 @@ from torch import nn
 
 from archsearch.data import DataSource, load_data
 from archsearch.errors import UsageError
+from archsearch.gathers import add_gathers
 from archsearch.models import ModelSource, pretrained, resolve
 from archsearch.pipeline import Found
 from archsearch.pipeline import find as run_plan
@@ -64,6 +65,8 @@ def find(
     input_shape: Sequence[int] | None = None,
     classes: int | None = None,
     arguments: Mapping[str, Any] | None = None,
+    gather: bool = False,
+    whole_groups: bool = False,
     trust_code: bool = False,
     out: str | Path | None = None,
     store: str | Path = "runs",
@@ -97,7 +100,7 @@ def find(
         budget: ``"scratch-b"``, ``"scratch-e"``, ``"finetune"`` or ``"none"``.
         budget_cap: Most epochs of Scratch-B, in multiples of the recipe's.
         published_cost: Whether Scratch-B counts FLOPs as Liu et al. publish them, instead of MACs.
-        finetune: Budget of the fine-tuned arm: ``"finetune"`` or ``"finetune-published"``.
+        finetune: Budget of the fine-tuned arm: ``"finetune"``, ``"finetune-published"`` or ``"none"``.
         recipe: How to train, by name or in full; by default what suits the data.
         recipe_changes: Fields of the recipe that differ, such as ``{"epochs": 5}``.
         seeds: How many times each arm is trained.
@@ -106,6 +109,10 @@ def find(
         input_shape: ``(C, H, W)`` of one input, where neither data nor the model's source says it.
         classes: Outputs of the network, likewise.
         arguments: Further arguments of the model's factory.
+        gather: Whether batch norms that read a shared stream select their own channels of it, as Network
+            Slimming does in pre-activation networks; the stream then stays.
+        whole_groups: Whether a convolution's groups go as a whole (the paths of a ResNeXt block), and do not
+            get narrower.
         trust_code: Whether a model may name the user's own code.
         out: Directory of the results; ``None`` writes nothing but the store.
         store: Directory of all trainings.
@@ -163,13 +170,15 @@ def find(
         say(source_data.announcement)
     if isinstance(source, ModelSource):
         shape, words = shape_and_arguments(source, source_data, input_shape, classes, arguments)
-        traced = trace_source(source, words, shape, seed=seed)
+        traced = trace_source(source, words, shape, seed=seed, gathers=gather, whole_groups=whole_groups)
         if given is not None:
-            traced = replace(traced, model=pretrained(source, given, **words))
+            model = add_gathers(pretrained(source, given, **words), traced.gathers)
+            traced = replace(traced, model=model)
             weights = None
         trained = given is not None
     else:
-        traced = trace_module(source, example if example is not None else _first_image(source_data))
+        example = example if example is not None else _first_image(source_data)
+        traced = trace_module(source, example, gathers=gather, whole_groups=whole_groups)
     say(summary(traced))
     trainer = None
     if source_data is not None:

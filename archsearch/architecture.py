@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     PlainValidator,
     StringConstraints,
     ValidationError,
@@ -38,6 +40,7 @@ MAX_INPUT_SIZE: Final = 4096
 MAX_ARGUMENTS: Final = 64
 MAX_TEXT: Final = 1024
 MAX_LIST: Final = 64
+CHANNELS_A_LINE: Final = 24
 MAX_PROVENANCE_LEVELS: Final = 4
 MAX_PROVENANCE_VALUES: Final = 1024
 KEY_DIGITS: Final = 16
@@ -110,6 +113,33 @@ def _format(value: int) -> int:
     return value
 
 
+def _positions(value: object) -> object:
+    """Read lines of rising positions and runs, ``["0-3,5", "9"]``, as a tuple of integers."""
+    if not isinstance(value, list) or not all(type(line) is str for line in value):
+        return value
+    if not value:
+        return ()
+    positions: list[int] = []
+    for run in ",".join(value).split(","):
+        first, dash, last = run.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or len(run) > 11:
+            raise ValueError(f"{shown(run)} must be a position such as 5, or a run such as 0-3")
+        start, end = int(first), int(last or first)
+        if start > end or end >= MAX_WIDTH or (positions and start <= positions[-1]):
+            raise ValueError(f"{shown(run)}: positions must rise, and stay below {MAX_WIDTH}")
+        positions.extend(range(start, end + 1))
+    return tuple(positions)
+
+
+def _runs(positions: Sequence[int]) -> list[str]:
+    """Write rising positions as lines of runs."""
+    runs = []
+    for _, run in itertools.groupby(enumerate(positions), key=lambda pair: pair[1] - pair[0]):
+        members = [position for _, position in run]
+        runs.append(f"{members[0]}-{members[-1]}" if len(members) > 1 else str(members[0]))
+    return [",".join(runs[at : at + CHANNELS_A_LINE]) for at in range(0, len(runs), CHANNELS_A_LINE)]
+
+
 def _tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
@@ -130,6 +160,12 @@ CheckedArgument = Annotated[
         {"anyOf": [*_SCALAR_SCHEMAS, {"type": "array", "items": {"type": "integer"}, "maxItems": MAX_LIST}]}
     ),
 ]
+Positions = Annotated[
+    tuple[int, ...],
+    BeforeValidator(_positions),
+    PlainSerializer(_runs),
+    WithJsonSchema({"type": "array", "items": {"type": "string", "pattern": "^[0-9,-]+$"}}),
+]
 Format = Annotated[int, AfterValidator(_format), WithJsonSchema({"type": "integer", "const": FORMAT})]
 Provenance = Annotated[dict[str, Any], PlainValidator(_provenance), WithJsonSchema({"type": "object"})]
 
@@ -143,7 +179,9 @@ class _Part(BaseModel):
 class Width(_Part):
     """How many channels of a group are kept."""
 
-    width: Channels = Field(description="Channels kept.")
+    width: Annotated[int, Field(ge=0, le=MAX_WIDTH)] = Field(
+        description="Channels kept; 0 for all groups of a residual branch that is gone."
+    )
     size: Channels = Field(description="Channels of the reference model.")
 
     @model_validator(mode="after")
@@ -203,6 +241,16 @@ class Architecture(_Part):
         description="By channel group, in the order of use.",
         json_schema_extra=_NO_OTHER,
     )
+    gathers: dict[Name, Positions] = Field(
+        default_factory=dict,
+        max_length=MAX_GROUPS,
+        description="The channels of a shared stream that a norm reads, by norm: positions and runs.",
+        json_schema_extra=_NO_OTHER,
+    )
+    whole_groups: bool = Field(
+        default=False,
+        description="Whether a unit of a grouped convolution is one of its groups, not a channel of each.",
+    )
     cost: Cost = Field(default_factory=Cost, description="For one input, beside the reference model's.")
     provenance: Provenance = Field(default_factory=dict, description="Where it comes from; decides nothing.")
 
@@ -215,6 +263,8 @@ class Architecture(_Part):
         widths: Mapping[str, int],
         sizes: Mapping[str, int],
         arguments: Mapping[str, object] | None = None,
+        gathers: Mapping[str, Sequence[int]] | None = None,
+        whole_groups: bool = False,
         cost: Cost | Mapping[str, object] | None = None,
         provenance: Mapping[str, object] | None = None,
     ) -> Architecture:
@@ -226,6 +276,8 @@ class Architecture(_Part):
             widths: Channels kept, for every group of ``sizes``; their order is kept.
             sizes: Channels of the reference model by group.
             arguments: Keyword arguments of the model's factory.
+            gathers: The channels that norms read from a shared stream, by norm.
+            whole_groups: Whether a unit of a grouped convolution is one of its groups.
             cost: ``Cost``, or the same as a mapping.
             provenance: Free plain values: method, target, data, seed, versions, date, command.
 
@@ -241,6 +293,8 @@ class Architecture(_Part):
             "arguments": dict(arguments or {}),
             "input_shape": tuple(input_shape),
             "widths": {name: {"width": width, "size": sizes[name]} for name, width in widths.items()},
+            "gathers": {name: tuple(channels) for name, channels in (gathers or {}).items()},
+            "whole_groups": whole_groups,
             "cost": cost if cost is not None else {},
             "provenance": dict(provenance or {}),
         }
@@ -283,12 +337,14 @@ class Architecture(_Part):
 
     @property
     def key(self) -> str:
-        """The digits that name the network: a hash of model, arguments, input shape and widths."""
+        """The digits that name the network: a hash of what decides it."""
         content = {
             "model": self.model,
             "arguments": self.arguments,
             "input_shape": self.input_shape,
             "widths": {name: group.width for name, group in self.widths.items()},
+            **({"gathers": self.gathers} if self.gathers else {}),
+            **({"whole_groups": True} if self.whole_groups else {}),
         }
         text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()[:KEY_DIGITS]
@@ -326,7 +382,7 @@ class Architecture(_Part):
         data = self.model_dump(mode="json")
         data["cost"] = {name: amount for name, amount in data["cost"].items() if amount is not None}
         content = {"format": data.pop("format"), "key": self.key, **data}
-        return {name: part for name, part in content.items() if part != {} or name == "widths"}
+        return {name: part for name, part in content.items() if part or name == "widths"}
 
 
 def schema() -> dict[str, Any]:
@@ -335,7 +391,8 @@ def schema() -> dict[str, Any]:
     key = {
         "type": "string",
         "pattern": f"^[0-9a-f]{{{KEY_DIGITS}}}$",
-        "description": "Hash of model, arguments, input_shape and widths; remove it after an edit.",
+        "description": "Hash of model, arguments, input_shape, widths, gathers and whole_groups; "
+        "remove it after an edit.",
     }
     properties = made.pop("properties")
     return {

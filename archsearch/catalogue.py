@@ -70,7 +70,17 @@ def _presets(pattern: str) -> Iterable[str]:
     from archsearch.presets import PRESETS
 
     for name in PRESETS.names(pattern):
-        yield f"{name:<12} {PRESETS[name].model}"
+        yield f"{name:<20} {PRESETS[name].model}"
+
+
+def _criteria(pattern: str) -> Iterable[str]:
+    from archsearch.sparsity.criteria import CRITERIA
+
+    for name in CRITERIA.names(pattern):
+        criterion = CRITERIA[name]
+        facts = [criterion.source, "of trained weights" if criterion.trained else "of the initialisation"]
+        needs = ["needs images"] if criterion.needs_batch else []
+        yield f"{name:<12} {_first_line(criterion)} [{'; '.join([*facts, *needs])}]"
 
 
 def _documented(registry: Registry[Any], pattern: str) -> Iterable[str]:
@@ -102,4 +112,5 @@ CATALOGUES: Mapping[str, Callable[[str], Iterable[str]]] = {
     "recipes": _recipes,
     "budgets": _budgets,
     "presets": _presets,
+    "criteria": _criteria,
 }

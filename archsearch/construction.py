@@ -17,6 +17,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from archsearch.conv_groups import ConvolutionSizes
+
 Shapes: TypeAlias = Mapping[str, "tuple[int, ...]"]
 """The wanted shape of each parameter and buffer by name."""
 
@@ -35,24 +37,29 @@ def build_recorded(build: Build) -> tuple[nn.Module, list[str | None]]:
     return model, [names.get(id(layer)) for layer in made]
 
 
-def build_resized(build: Build, order: list[str | None], shapes: Shapes) -> tuple[nn.Module, tuple[str, ...]]:
+def build_resized(
+    build: Build, order: list[str | None], shapes: Shapes, *, whole_groups: bool = False
+) -> tuple[nn.Module, tuple[str, ...]]:
     """Build a model whose weight layers have other channel counts.
 
     Args:
         build: The factory, the same as recorded.
         order: The names that ``build_recorded`` returned.
         shapes: The wanted shapes.
+        whole_groups: Whether whole groups of convolutions are gone, and not channels of each.
 
     Returns:
         The model, and the parameters that its factory could not make small: they hold a slice of what the
         factory made at full size.
     """
     remaining = iter(order)
+    convolution = functools.partial(_convolution, whole_groups=whole_groups)
+    kinds: dict[type[nn.Module], _Sizes] = {**_SIZES, nn.modules.conv._ConvNd: convolution}
 
     def resize(layer: nn.Module, arguments: dict[str, Any]) -> None:
         name = next(remaining, None)
         if name is not None:
-            for kind, sizes in _SIZES.items():
+            for kind, sizes in kinds.items():
                 if isinstance(layer, kind):
                     arguments.update(sizes(arguments, functools.partial(_shape, shapes, name)))
 
@@ -80,18 +87,18 @@ def _shape(shapes: Shapes, layer: str, *tensors: str) -> tuple[int, ...] | None:
 _Sizes: TypeAlias = Callable[[dict[str, Any], Callable[..., "tuple[int, ...] | None"]], dict[str, Any]]
 
 
-def _convolution(arguments: dict[str, Any], shape: Callable[..., tuple[int, ...] | None]) -> dict[str, Any]:
+def _convolution(
+    arguments: dict[str, Any],
+    shape: Callable[..., tuple[int, ...] | None],
+    *,
+    whole_groups: bool = False,
+) -> dict[str, Any]:
     weight = shape("weight", "weight_v")
     if weight is None:
         return {}
-    groups = arguments["groups"]
-    depthwise = groups == arguments["in_channels"] > 1
-    if arguments["transposed"]:
-        groups = weight[0] if depthwise else groups
-        return {"in_channels": weight[0], "out_channels": weight[1] * groups, "groups": groups}
-    if depthwise:
-        groups = weight[0] // (arguments["out_channels"] // arguments["in_channels"])
-    return {"in_channels": weight[1] * groups, "out_channels": weight[0], "groups": groups}
+    sizes = ConvolutionSizes(*(arguments[name] for name in ConvolutionSizes._fields))
+    transposed = arguments["transposed"]
+    return sizes.fitted(weight, transposed=transposed, whole_groups=whole_groups)._asdict()
 
 
 def _linear(arguments: dict[str, Any], shape: Callable[..., tuple[int, ...] | None]) -> dict[str, Any]:

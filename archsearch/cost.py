@@ -9,7 +9,7 @@ MACs are the multiply-adds of convolutions, linear layers and attention, for the
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeAlias
 
@@ -19,8 +19,15 @@ from torch import nn
 
 from archsearch.graph import STAYS, ChannelGraph
 from archsearch.rules import Factor
+from archsearch.tracing import Activation
 
 Floats: TypeAlias = npt.NDArray[np.float64]
+
+Columns: TypeAlias = npt.NDArray[np.int64]
+"""Which of the groups."""
+
+Term: TypeAlias = "tuple[int, tuple[Factor, ...]]"
+"""A factor times a product of dimensions."""
 
 EXACT = 2**53
 """Up to here float64 holds every integer, so that BLAS counts exactly."""
@@ -32,13 +39,19 @@ class Polynomial:
 
     With ``f = (1, w_1, …, w_G)`` its value is ``f Q f`` plus the sum of ``factor * (u f)(v f)(t f) …`` over
     ``higher``, the rare terms in which three or more widths meet.
+
+    ``branches`` are what vanishes where all of some groups have width 0: their columns, and a part of the
+    polynomial. What is left of such a branch are zeros in the shape of width 1.
     """
 
     quadratic: Floats
     higher: tuple[tuple[int, tuple[Floats, ...]], ...] = ()
+    branches: tuple[tuple[Columns, Polynomial], ...] = ()
 
     def __call__(self, widths: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Return the values at ``widths``, ``(..., G) -> (...)``."""
+        if self.branches and not np.all(widths):
+            return self._without_branches(widths)
         f = _with_one(widths)
         value = ((f @ self.quadratic) * f).sum(-1)
         for factor, forms in self.higher:
@@ -47,6 +60,14 @@ class Polynomial:
             raise OverflowError("a count above 2^53 is not exact")
         rounded: npt.NDArray[np.int64] = np.rint(value).astype(np.int64)
         return rounded
+
+    def _without_branches(self, widths: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        left, gone = _left_of_branches(widths, [columns for columns, _ in self.branches])
+        value = np.asarray(replace(self, branches=())(left))
+        for (_, part), where in zip(self.branches, gone, strict=True):
+            if where.any():
+                value -= np.where(where, part(left), 0)
+        return value
 
     @classmethod
     def of(cls, terms: Iterable[tuple[int, tuple[Floats, ...]]], groups: int) -> Polynomial:
@@ -70,6 +91,17 @@ class Polynomial:
         quadratic = np.stack(lefts).T @ np.stack(rights) if lefts else np.zeros((1 + groups,) * 2)
         quadratic[0] += linear
         return cls(quadratic, tuple(higher))
+
+
+def _left_of_branches(
+    widths: npt.ArrayLike, branches: Iterable[Columns]
+) -> tuple[npt.NDArray[np.int64], list[npt.NDArray[np.bool_]]]:
+    """Return widths ``(..., G)`` with 1 in the place of 0 where a branch is gone, and where each is."""
+    left = np.array(widths, dtype=np.int64)
+    gone = [(left[..., columns] == 0).all(-1) for columns in branches]
+    for columns, where in zip(branches, gone, strict=True):
+        left[..., columns] += where[..., None]
+    return left, gone
 
 
 def _with_one(widths: npt.ArrayLike) -> Floats:
@@ -110,6 +142,7 @@ class CostModel:
     Attributes:
         names: The groups, in the order of the columns of every ``(..., G)`` array of widths.
         sizes: Their sizes in the reference, ``(G,)``.
+        branches: The columns of each residual branch that may vanish: all are 0, or none is.
     """
 
     def __init__(self, model: nn.Module, graph: ChannelGraph) -> None:
@@ -120,28 +153,27 @@ class CostModel:
         self._group_of_unit = np.repeat(np.arange(1, 1 + len(self.names)), self.sizes)
         self._known: dict[int, Floats] = {}
         self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        column = {name: number for number, name in enumerate(self.names)}
+        self.branches: tuple[Columns, ...] = tuple(
+            np.array([column[name] for name in branch.groups]) for branch in graph.branches
+        )
 
     @cached_property
     def params(self) -> Polynomial:
         """Parameters."""
-        dims = self._graph.units
-        return Polynomial.of(
-            (
-                (1, tuple(self._form_of_units(dims[name, dim]) for dim, size in enumerate(shape) if size > 1))
-                for name, shape in self._shapes.items()
-            ),
-            len(self.names),
-        )
+        gone = [{name for name in branch.tensors if name in self._shapes} for branch in self._graph.branches]
+        return self._with_branches(self._params_of(self._shapes), map(self._params_of, gone))
 
     @cached_property
     def macs(self) -> Polynomial:
         """Multiply-adds."""
-        return self._polynomial(self._tally.macs)
+        return self._counted(self._tally.macs, self._op_of_macs)
 
     @cached_property
     def published_flops(self) -> Polynomial:
         """FLOPs as Liu et al. count them."""
-        return self._polynomial(self._tally.published)
+        counted = [op.counted[1] for op in self._graph.trace.ops]
+        return self._counted(self._tally.published, _op_of_terms(self._tally.published, counted))
 
     def array(self, widths: Mapping[str, int]) -> npt.NDArray[np.int64]:
         """Return widths by group as ``(G,)``."""
@@ -164,39 +196,88 @@ class CostModel:
 
     def peak_activation_bytes(self, widths: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Return the peak activation memory at ``widths``, ``(..., G) -> (...)``; see ``Cost``."""
-        living, tensors = self._activations
+        living, tensors, branch_of = self._activations
         if not tensors:
             return np.zeros(np.shape(widths)[:-1], dtype=np.int64)
-        sizes = np.stack([tensor(widths) for tensor in tensors], axis=-1).astype(np.float64)
+        left, gone = _left_of_branches(widths, self.branches)
+        sizes = np.stack([tensor(left) for tensor in tensors], axis=-1).astype(np.float64)
+        for number, where in enumerate(gone, 1):
+            sizes[..., branch_of == number] *= ~where[..., None]
+            sizes[..., branch_of == -number] *= where[..., None]
         peak: npt.NDArray[np.int64] = np.rint((sizes @ living).max(-1)).astype(np.int64)
         return peak
 
     def macs_by_layer(self, widths: Mapping[str, int]) -> list[int]:
         """Return the MACs of each convolution, linear layer and attention product, in execution order."""
         w = self.array(widths)
-        return [int(self._polynomial([term])(w)) for term in self._tally.macs]
+        terms = zip(self._tally.macs, self._op_of_macs, strict=True)
+        return [int(self._counted([term], [op])(w)) for term, op in terms]
 
     @cached_property
-    def _activations(self) -> tuple[Floats, list[Polynomial]]:
-        """How many tensors of each size live at each op, ``(sizes, ops)``, and each size's polynomial."""
+    def _activations(self) -> tuple[Floats, list[Polynomial], npt.NDArray[np.int64]]:
+        """How many tensors of each kind live at each op, ``(kinds, ops)``, each kind's size and branch.
+
+        Tensors of one kind have one size. They are not made when their branch is gone, the first being 1;
+        or (-1) they live longer then; or (0) no branch matters.
+        """
         trace = self._graph.trace
+        numbered = list(enumerate(self._graph.branches, 1))
+        branch_of_op = {op: number for number, branch in numbered for op in branch.unmade}
+        held: dict[int, dict[int, int]] = {}
+        for number, branch in numbered:
+            for made, until in branch.held:
+                ends = held.setdefault(made, {})
+                ends[-number] = max(until, ends.get(-number, until))
         rows: dict[tuple[object, ...], int] = {}
-        terms: list[tuple[int, tuple[Factor, ...]]] = []
+        terms: list[Term] = []
+        branches: list[int] = []
         living: list[Floats] = []
-        for activation in trace.activations:
+
+        def live(activation: Activation, first: int, last: int, kind: int) -> None:
             labels = activation.labels
             fixed = activation.itemsize
             for dim, size in enumerate(activation.shape):
                 fixed *= 1 if dim in labels else size
-            key = (fixed, *sorted(map(id, labels.values())))
+            key = (kind, fixed, *sorted(map(id, labels.values())))
             if key not in rows:
                 rows[key] = len(terms)
                 terms.append((fixed, tuple(labels.values())))
+                branches.append(kind)
                 living.append(np.zeros(len(trace.ops) + 1))
-            living[rows[key]][activation.born : activation.last_read + 1] += 1
-        return np.array(living), [self._polynomial([term]) for term in terms]
+            living[rows[key]][first : last + 1] += 1
 
-    def _polynomial(self, terms: Iterable[tuple[int, Sequence[Factor]]]) -> Polynomial:
+        for activation in trace.activations:
+            live(activation, activation.born, activation.last_read, branch_of_op.get(activation.born, 0))
+            for kind, last in held.get(activation.born, {}).items():
+                live(activation, activation.last_read + 1, last, kind)
+        return np.array(living), [self._polynomial([term]) for term in terms], np.array(branches)
+
+    @cached_property
+    def _op_of_macs(self) -> list[int]:
+        return _op_of_terms(self._tally.macs, [op.counted[0] for op in self._graph.trace.ops])
+
+    def _params_of(self, names: Iterable[str]) -> Polynomial:
+        dims = self._graph.units
+        return Polynomial.of(
+            (
+                (1, tuple(self._form_of_units(dims[name, dim]) for dim, size in enumerate(shape) if size > 1))
+                for name, shape in ((name, self._shapes[name]) for name in names)
+            ),
+            len(self.names),
+        )
+
+    def _counted(self, terms: Sequence[Term], ops: Sequence[int]) -> Polynomial:
+        """Sum the terms of some ops, less those of the branches that are gone."""
+        parts = (
+            self._polynomial(term for term, op in zip(terms, ops, strict=True) if op in branch.ops)
+            for branch in self._graph.branches
+        )
+        return self._with_branches(self._polynomial(terms), parts)
+
+    def _with_branches(self, whole: Polynomial, parts: Iterable[Polynomial]) -> Polynomial:
+        return replace(whole, branches=tuple(zip(self.branches, parts, strict=True)))
+
+    def _polynomial(self, terms: Iterable[Term]) -> Polynomial:
         return Polynomial.of(
             ((factor, tuple(self._form(dim) for dim in dims)) for factor, dims in terms), len(self.names)
         )
@@ -217,3 +298,9 @@ class CostModel:
         form[1:] /= self.sizes
         form[0] = np.count_nonzero(staying)
         return form
+
+
+def _op_of_terms(terms: Sequence[Term], counted: Sequence[int]) -> list[int]:
+    """Return the number of the op behind each term, from how many terms there are up to each op."""
+    ops: list[int] = np.searchsorted(counted, np.arange(len(terms)), side="right").tolist()
+    return ops

@@ -10,7 +10,7 @@ import torch
 from archsearch.architecture import Architecture
 from archsearch.data import DataSource
 from archsearch.errors import UsageError
-from archsearch.rebuild import load, load_weights, trace_architecture
+from archsearch.rebuild import build_fresh, load, load_weights, trace_architecture
 from archsearch.recipe import BUDGETS, Recipe
 from archsearch.results import Arm, Record, environment, recipe_facts
 from archsearch.tensor_files import write_tensors
@@ -81,7 +81,7 @@ def train_architecture(
     for number in range(seed, seed + seeds):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(number, "weights"))
-            model, _ = traced.fresh(widths)
+            model = build_fresh(traced, architecture)
         if weights is not None:
             load_weights(model, weights)
         results.append(trainer.train(f"{path.name}, {budget}, seed {number}", model, recipe, number))

@@ -17,17 +17,18 @@ from archsearch.labels import CONSTANT, Atoms, Labels
 from archsearch.tracing import Trace, trace_model
 
 
-def channel_graph(model: nn.Module, example: Any) -> ChannelGraph:
+def channel_graph(model: nn.Module, example: Any, *, whole_groups: bool = False) -> ChannelGraph:
     """Find the channel groups of a network.
 
     Args:
         model: Any network, on any device, in any mode; left exactly as it was.
         example: An input ``(N, ...)``, or the positional (tuple) or named (mapping) arguments of the model.
+        whole_groups: Whether a convolution's groups go as a whole, and do not get narrower.
 
     Raises:
         UsageError: If the model fails on the example.
     """
-    return group_channels(trace_model(model, example))
+    return group_channels(trace_model(model, example, whole_groups=whole_groups))
 
 
 def freeze_groups(graph: ChannelGraph, names: Iterable[str], reason: str) -> ChannelGraph:

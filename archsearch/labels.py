@@ -50,15 +50,18 @@ class Labels:
 
     Args:
         tensors: The parameters and buffers by name; a tensor that two modules share comes once.
+        whole_groups: Whether a convolution's groups go as a whole, and do not get narrower.
     """
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, torch.Tensor], *, whole_groups: bool = False) -> None:
+        self.whole_groups = whole_groups
         self.slots: list[Slot] = []
         self.ties: list[tuple[Atoms, Atoms]] = []
         self.frozen: list[tuple[Atoms, str]] = []
         self.told_apart: list[Atoms] = []
         self.produced: list[Atoms] = []
         self.consumed: list[Atoms] = []
+        self.in_conv_groups: list[Atoms] = []
         self._of: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._activations: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         next_atom = CONSTANT + 1
@@ -116,6 +119,10 @@ class Labels:
     def consumes(self, atoms: Atoms) -> None:
         """Say that a layer reads these channels."""
         self.consumed.append(atoms)
+
+    def lie_in_conv_groups(self, atoms: Atoms) -> None:
+        """Say that a convolution in groups of several channels makes these channels."""
+        self.in_conv_groups.append(atoms)
 
 
 def blocks(before: Iterable[int], after: Iterable[int]) -> list[tuple[list[int], list[int]]]:

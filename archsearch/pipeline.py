@@ -77,6 +77,8 @@ def find(
         InfeasibleError: If no allowed widths meet the targets; before anything is trained.
         ArchsearchError: If the found network is not what the reference computes without the dropped channels.
     """
+    if plan.drops_branches(traced.graph.sizes):
+        traced = traced.with_branches()
     search = _Search(traced, plan, trainer, say)
     provenance = _provenance(plan, conditions)
     # An impossible target, or conditions that no file can hold, show here, before anything is trained.
@@ -88,12 +90,16 @@ def find(
     pruned = search.prune(reference)
     selection = pruned.selection
     widths = {name: len(kept) for name, kept in selection.items()}
+    gone = [branch.name for branch in traced.graph.vanished(widths)]
+    if traced.graph.branches:
+        names = f": {', '.join(gone)}" if gone else ""
+        say(f"drops {len(gone)} of {len(traced.graph.branches)} residual branches{names}")
     verified = traced.verify(selection)
     if not verified.ok:
         raise ArchsearchError(f"the pruned {traced.name} {verified.problem}; this is a bug of archsearch")
     say(f"verified: equal to the reference without the dropped channels, to {verified.error:.0e}")
 
-    architecture = traced.architecture(widths, provenance)
+    architecture = traced.architecture(widths, provenance, selection)
     written: list[Path] = []
     if out is not None and is_main():
         written += _write_architecture(architecture, out / "architecture.yaml")
@@ -198,19 +204,13 @@ class _Search:
         if scratch and plan.method != "uniform":
             arms.append(self._scratch("uniform", self.uniform_widths())[0])
         tuning = plan.finetune if scratch else plan.budget
-        tuned = [
-            self._train(
-                f"{plan.label}, {tuning}",
-                copy.deepcopy(found.model),
-                BUDGETS[tuning].recipe(plan.recipe),
-                seed,
-            )
-            for seed in self._seeds
-        ]
-        arms.append(arm_of(f"{plan.label}, {tuning}", plan.label, tuning, cost, tuned))
-        if not scratch:
-            return arms, tuned[0].model
-        arm, model = self._scratch(plan.label, widths)
+        if tuning != "none":
+            name, recipe = f"{plan.label}, {tuning}", BUDGETS[tuning].recipe(plan.recipe)
+            tuned = [self._train(name, copy.deepcopy(found.model), recipe, seed) for seed in self._seeds]
+            arms.append(arm_of(name, plan.label, tuning, cost, tuned))
+            if not scratch:
+                return arms, tuned[0].model
+        arm, model = self._scratch(plan.label, widths, found.selection)
         return [*arms, arm], model
 
     def _recover(
@@ -218,7 +218,8 @@ class _Search:
     ) -> Learned:
         """Train a network on after a step of pruning, in the method's own way if it has one."""
         plan = self._plan
-        recipe = BUDGETS[plan.finetune].recipe(plan.recipe).with_(epochs=plan.recover)
+        tuning = BUDGETS["finetune" if plan.finetune == "none" else plan.finetune]
+        recipe = tuning.recipe(plan.recipe).with_(epochs=plan.recover)
         name = f"{plan.label}, recovery {step} of {plan.steps - 1}"
         if isinstance(plan.pruner, Sparsifying):
             return self._train_sparsely(name, plan.pruner.sparse_training(model, graph, widths), recipe)[0]
@@ -237,12 +238,16 @@ class _Search:
         )
         return Learned(training.plain(), training.network), result
 
-    def _scratch(self, label: str, widths: Mapping[str, int]) -> tuple[Arm, nn.Module]:
+    def _scratch(
+        self, label: str, widths: Mapping[str, int], selection: Selection | None = None
+    ) -> tuple[Arm, nn.Module]:
         plan, cost = self._plan, self._traced.cost.of(widths)
         costs = [c.of_training(plan.published_cost) for c in (self.reference_cost, cost)]
         recipe = replace(self._budget, cap=plan.budget_cap).recipe(plan.recipe, *costs)
         name = f"{label}, {plan.budget}"
-        results = [self._train(name, self._fresh(widths, seed), recipe, seed) for seed in self._seeds]
+        results = [
+            self._train(name, self._fresh(widths, seed, selection), recipe, seed) for seed in self._seeds
+        ]
         return arm_of(name, label, plan.budget, cost, results), results[0].model
 
     def _train(self, label: str, model: nn.Module, recipe: Recipe, seed: int, **how: Any) -> Trained:
@@ -251,10 +256,10 @@ class _Search:
         label = f"{label}, seed {seed}" if self._plan.seeds > 1 else label
         return self._trainer.train(label, model, recipe, seed, **how)
 
-    def _fresh(self, widths: Mapping[str, int], seed: int) -> nn.Module:
+    def _fresh(self, widths: Mapping[str, int], seed: int, selection: Selection | None = None) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "weights"))
-            model, sliced = self._traced.fresh(widths)
+            model, sliced = self._traced.fresh(widths, selection)
         if sliced and seed == self._plan.seed:
             self._say(
                 f"{len(sliced)} parameters hold a slice of what the model's code draws at full size: "

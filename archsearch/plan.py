@@ -33,7 +33,7 @@ class Plan:
         budget: How the found network is trained.
         published_cost: Whether Scratch-B counts FLOPs as Liu et al. publish them, instead of MACs.
         recipe: How the reference is trained; the budget stretches it.
-        finetune: The budget of the fine-tuned arm.
+        finetune: The budget of the fine-tuned arm and of recoveries; ``"none"`` for no such arm.
         seeds: How many times each arm is trained.
         seed: The first seed.
     """
@@ -72,8 +72,8 @@ class Plan:
             raise UsageError("--steps goes to a target step by step: a --preset has its widths, leave it out")
         replace(BUDGETS[self.budget], cap=self.budget_cap)  # checks the cap
         tuning = BUDGETS[self.finetune]
-        if not (tuning.inherits and tuning.epochs_divisor):
-            fitting = [name for name in BUDGETS if BUDGETS[name].inherits and BUDGETS[name].epochs_divisor]
+        if not tuning.inherits:
+            fitting = [name for name in BUDGETS if BUDGETS[name].inherits]
             raise UsageError(f"--finetune {self.finetune}: does not fine-tune; give {' or '.join(fitting)}")
         ALLOCATIONS[self.allocation_name]
 
@@ -87,7 +87,15 @@ class Plan:
         """The allocation that was asked for, or the method's own."""
         return self.allocation or self.pruner.allocation
 
+    def drops_branches(self, sizes: Mapping[str, int]) -> bool:
+        """Return whether groups may have width 0, as the space or the preset says."""
+        return self.space.drop_branches or (
+            self.preset is not None and 0 in self.preset.widths(sizes).values()
+        )
+
     @property
     def label(self) -> str:
         """What the found widths are called in tables."""
-        return self.method if self.preset is None else self.preset.name
+        if self.preset is not None:
+            return self.preset.name
+        return self.method if self.allocation is None else f"{self.method}:{self.allocation}"

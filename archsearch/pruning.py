@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -9,12 +10,14 @@ from typing import TypeAlias
 import numpy as np
 from torch import nn
 
-from archsearch.allocation import ALLOCATIONS, counter, select, solve
+from archsearch.allocation import allocate, counter, local, select, solve
+from archsearch.branches import find_branches
 from archsearch.cost import CostModel
 from archsearch.errors import ArchsearchError
 from archsearch.graph import ChannelGraph, Selection
 from archsearch.plan import Plan
 from archsearch.pruners import Batches, Context, Scores, inherit_weights
+from archsearch.pruners.curves import curves
 from archsearch.rebuild import Traced
 from archsearch.space import Widths
 from archsearch.targets import Target
@@ -78,22 +81,25 @@ def prune(
         if plan.preset is not None:
             widths = plan.preset.widths(graph.sizes)
         else:
-            widths = solve(cost, ALLOCATIONS[plan.allocation_name](scores), allowed, targets)
+            errors = functools.partial(curves, plan.pruner, context, scores)
+            widths = allocate(plan.allocation_name, cost, scores, errors, allowed, targets)
         kept = select(scores, widths)
-        selection = {name: selection[name][kept[name]] for name in selection}
+        selection = {name: units[kept[name]] if name in kept else units for name, units in selection.items()}
         model = inherit_weights(plan.pruner, context, kept)
         if plan.recalibrate and batches is not None:
             recalibrate(model, batches())
         if step == plan.steps:
             break
-        graph = prunable_graph(model, traced.example)
-        if graph.sizes != widths:
+        graph = prunable_graph(model, traced.example, whole_groups=graph.whole_groups)
+        if traced.graph.branches:
+            graph = find_branches(model, graph, traced.example)
+        if graph.sizes != {name: width for name, width in widths.items() if width}:
             raise ArchsearchError(
                 f"the network that step {step} of {plan.steps} leaves has other channel groups than "
                 f"{traced.name}: give --steps 1"
             )
         cost = CostModel(model, graph)
-        allowed = {name: some[some <= widths[name]] for name, some in allowed.items()}
+        allowed = {name: allowed[name][allowed[name] <= width] for name, width in graph.sizes.items()}
         next_widths = uniform_widths(cost, allowed, targets_at(plan, traced.cost, step + 1))
         learned = recover(model, graph, next_widths, step)
     return Pruned(selection, model)
@@ -112,4 +118,4 @@ def targets_at(plan: Plan, reference: CostModel, step: int) -> list[Target]:
 def uniform_widths(cost: CostModel, allowed: Mapping[str, Widths], targets: list[Target]) -> dict[str, int]:
     """Return the widths of one keep ratio for all groups that meet the targets."""
     anything: Scores = {name: np.zeros(size) for name, size in cost.mapping(cost.sizes).items()}
-    return solve(cost, ALLOCATIONS["local"](anything), allowed, targets)
+    return solve(cost, local(anything), allowed, targets)

@@ -11,11 +11,11 @@ from rich.table import Table
 
 from archsearch.architecture import Architecture
 from archsearch.counters import flop_counter_macs, thop_macs
-from archsearch.errors import SpecError, UsageError
+from archsearch.errors import SpecError
+from archsearch.graph import ChannelGraph
+from archsearch.pictures import pyplot
 from archsearch.rebuild import Traced, trace_architecture
-from archsearch.results import COLUMNS, Record, row
-
-PICTURES = (".png", ".svg", ".pdf")
+from archsearch.results import Record
 
 
 def comparison(record: Record) -> Table:
@@ -23,10 +23,11 @@ def comparison(record: Record) -> Table:
     table = Table(
         title="On the test set" if any(arm.accuracies for arm in record.arms) else None, title_justify="left"
     )
-    for number, column in enumerate(COLUMNS):
+    columns, *rows = record.table()
+    for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
-    for arm in record.arms:
-        table.add_row(*row(arm, record.arms[0]))
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
@@ -46,6 +47,9 @@ def describe_architecture(
     widths = {name: group.width for name, group in architecture.widths.items()}
     show(f"{path}: {architecture.model}, key {architecture.key}")
     _show_widths(traced, widths, show)
+    gone = traced.graph.vanished(widths)
+    if gone:
+        show(f"residual branches that are gone: {', '.join(branch.name for branch in gone)}")
     verified = traced.verify({name: np.arange(width) for name, width in widths.items()})
     if not verified.ok:
         raise SpecError(f"{path}: the network {verified.problem}")
@@ -57,6 +61,9 @@ def describe_model(traced: Traced, show: Callable[[Any], None]) -> tuple[Traced,
     """Show the channel groups of a model, and what stays."""
     show(traced.name)
     _show_widths(traced, traced.graph.sizes, show)
+    graph = traced.with_branches().graph
+    if graph.branches or graph.frozen_branches:
+        show(branch_table(graph))
     for op, why in traced.graph.unknown_ops.items():
         show(f"{op}: {why}; what it touches stays")
     return traced, traced.graph.sizes
@@ -126,6 +133,19 @@ def frozen_table(traced: Traced) -> Table:
     return table
 
 
+def branch_table(graph: ChannelGraph) -> Table:
+    """Return the residual branches, and whether they may vanish."""
+    table = Table(title="Residual branches", title_justify="left")
+    table.add_column("branch", no_wrap=True)
+    table.add_column("channel groups", justify="right", no_wrap=True)
+    table.add_column("may vanish")
+    for branch in graph.branches:
+        table.add_row(branch.name, str(len(branch.groups)), "yes")
+    for frozen in graph.frozen_branches:
+        table.add_row(frozen.name, "", f"no: {frozen.reason}")
+    return table
+
+
 def _shares(traced: Traced, widths: Mapping[str, int]) -> Mapping[str, float]:
     """Return for each group the share of the MACs that would vanish with it."""
     cost = traced.cost
@@ -137,31 +157,16 @@ def _shares(traced: Traced, widths: Mapping[str, int]) -> Mapping[str, float]:
     return dict(zip(cost.names, shares.tolist(), strict=True))
 
 
-def check_picture(path: Path | None) -> None:
-    """Check that a picture can be drawn into a file, before anything long has started.
-
-    Raises:
-        UsageError: If its kind is unknown, its directory missing or matplotlib not installed.
-    """
-    if path is None:
-        return
-    if path.suffix.lower() not in PICTURES:
-        raise UsageError(f"{path}: a picture's name ends in {', '.join(PICTURES)}")
-    if not path.parent.is_dir():
-        raise UsageError(f"{path}: there is no directory {path.parent}; create it first")
-    _matplotlib()
-
-
 def plot_widths(traced: Traced, widths: Mapping[str, int], path: Path, title: str) -> None:
     """Draw the kept width of each group before the reference's, in order of execution.
 
     Raises:
         UsageError: If matplotlib is not installed.
     """
-    pyplot = _matplotlib()
+    plots = pyplot()
     names, sizes = list(widths), [traced.graph.sizes[name] for name in widths]
-    with pyplot.rc_context({"font.size": 9}):
-        figure, axes = pyplot.subplots(figsize=(max(6.0, 0.28 * len(names) + 2), 4.2), layout="constrained")
+    with plots.rc_context({"font.size": 9}):
+        figure, axes = plots.subplots(figsize=(max(6.0, 0.28 * len(names) + 2), 4.2), layout="constrained")
         places = np.arange(len(names))
         axes.bar(places, sizes, width=0.86, color="#d9dee3", label="reference")
         axes.bar(places, [widths[name] for name in names], width=0.86, color="#2f6f9f", label="kept")
@@ -172,7 +177,7 @@ def plot_widths(traced: Traced, widths: Mapping[str, int], path: Path, title: st
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, loc="upper left")
         figure.savefig(path, dpi=150)
-        pyplot.close(figure)
+        plots.close(figure)
 
 
 def draw_graph(traced: Traced, path: Path) -> None:
@@ -181,7 +186,7 @@ def draw_graph(traced: Traced, path: Path) -> None:
     Raises:
         UsageError: If matplotlib is not installed.
     """
-    pyplot = _matplotlib()
+    plots = pyplot()
     graph = traced.graph.networkx
     order = {name: number for number, name in enumerate(traced.graph.layers)}
     groups = [node for node, kind in graph.nodes(data="kind") if kind == "group"]
@@ -193,7 +198,7 @@ def draw_graph(traced: Traced, path: Path) -> None:
     height = max(4.0, 0.34 * len(layers))
     positions = {layer: (0.0, -rank[layer]) for layer in layers}
     positions |= {group: (1.0, -rank[group]) for group in groups}
-    figure, axes = pyplot.subplots(figsize=(9, height), layout="constrained")
+    figure, axes = plots.subplots(figsize=(9, height), layout="constrained")
     for tail, head in graph.edges:
         producing = tail in layers
         axes.annotate(
@@ -234,15 +239,4 @@ def draw_graph(traced: Traced, path: Path) -> None:
     )
     axes.axis("off")
     figure.savefig(path)
-    pyplot.close(figure)
-
-
-def _matplotlib() -> Any:
-    try:
-        import matplotlib
-    except ImportError:
-        raise UsageError("pictures need matplotlib: pip install 'archsearch[plots]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
+    plots.close(figure)

@@ -7,8 +7,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from math import sqrt
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, stdev, variance
 from typing import Any
 
 from archsearch import files
@@ -66,6 +67,20 @@ class Record:
     conditions: Mapping[str, Any]
     arms: Sequence[Arm] = field(default_factory=tuple)
 
+    def table(self) -> list[list[str]]:
+        """Return the header and one row an arm, as people read them.
+
+        Where uniform widths were trained with several seeds, a last column says what the arms that were
+        trained likewise gain over them.
+        """
+        rows = [row(arm, self.arms[0]) for arm in self.arms]
+        uniform = {arm.budget: arm for arm in self.arms if arm.widths == "uniform"}
+        gains = [gain(arm, uniform.get(arm.budget)) for arm in self.arms]
+        if not any(gains):
+            return [list(COLUMNS), *rows]
+        cells = [f"{g[0]:+.2f} ± {g[1]:.2f}" if g else "-" for g in gains]
+        return [[*COLUMNS, GAIN], *([*r, cell] for r, cell in zip(rows, cells, strict=True))]
+
     def write(self, directory: Path) -> list[Path]:
         """Write ``results.json`` and ``results.md``; return their paths."""
         as_json, as_table = directory / "results.json", directory / "results.md"
@@ -78,13 +93,34 @@ class Record:
     def markdown(self) -> str:
         """Return conditions and table as a page."""
         lines = [f"- {name}: {_plain(value)}" for name, value in self.conditions.items()]
-        header = list(COLUMNS)
-        rows = [row(arm, self.arms[0]) for arm in self.arms]
+        header, *rows = self.table()
         table = [f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows]]
         return "\n".join([*lines, "", *table, ""])
 
 
 COLUMNS = ("network", "test accuracy %", "MACs", "kept", "params", "kept", "epochs", "seconds")
+
+
+GAIN = "over uniform (95 %)"
+
+
+def gain(arm: Arm, baseline: Arm | None) -> tuple[float, float] | None:
+    """Return the difference of two mean accuracies in points, and half of its 95 % interval (Welch's t).
+
+    ``None`` where one of the two has fewer than two seeds, or they are the same arm.
+    """
+    if baseline is None or arm is baseline or min(len(arm.accuracies), len(baseline.accuracies)) < 2:
+        return None
+    from scipy.stats import t  # slow to import, and few runs have several seeds
+
+    spreads = [variance(each.accuracies) / len(each.accuracies) for each in (arm, baseline)]
+    difference = fmean(arm.accuracies) - fmean(baseline.accuracies)
+    if not sum(spreads):
+        return difference, 0.0
+    freedom = sum(spreads) ** 2 / sum(
+        spread**2 / (len(each.accuracies) - 1) for spread, each in zip(spreads, (arm, baseline), strict=True)
+    )
+    return difference, float(t.ppf(0.975, freedom)) * sqrt(sum(spreads))
 
 
 def row(arm: Arm, reference: Arm) -> list[str]:

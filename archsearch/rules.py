@@ -470,11 +470,19 @@ def unfold(call: Call) -> None:
 
 @rule("index", "index_select", "gather", "_unsafe_index")
 def index(call: Call) -> None:
-    """Keep the labels of dimensions that are not indexed; freeze the others."""
+    """Keep the labels of dimensions that are not indexed; freeze the others.
+
+    A buffer of positions to select is a dimension of its own: an entry can go, and what it selects with it.
+    """
     source, out = call.tensors[0], call.out
     labels = call.labels_of(source)
     if call.name == "aten::index_select":
-        call.keep_labels(set(range(source.dim())) - {call.arg("dim") % source.dim()})
+        selected = call.arg("dim") % source.dim()
+        call.keep_labels(set(range(source.dim())) - {selected})
+        positions = call.labels_of(call.arg("index")).get(0)
+        if positions is not None:
+            call.labels.produces(positions)
+            call.set({**call.labels_of(out), selected: positions})
         return
     indices = call.arg("indices") if "index" in call.name else ()
     used = [dim for dim, i in enumerate(indices) if i is not None]
@@ -505,8 +513,9 @@ def embedding(call: Call) -> None:
 def convolution(call: Call) -> None:
     """Tie input channels to the weight's columns; the weight's rows label the output.
 
-    In a grouped convolution the groups are tied to each other; in a depthwise one inputs tie to outputs. The
-    weight is ``(C_out, C_in / groups, ...)``, transposed ``(C_in, C_out / groups, ...)``.
+    In a grouped convolution the groups are tied to each other, so that they stay equally wide; in a depthwise
+    one, or where groups go as a whole, all channels of a group are tied. The weight is
+    ``(C_out, C_in / groups, ...)``, transposed ``(C_in, C_out / groups, ...)``.
     """
     x, weight, bias = call.arg("input"), call.arg("weight"), call.arg("bias")
     groups, transposed = call.arg("groups"), call.arg("transposed")
@@ -518,12 +527,14 @@ def convolution(call: Call) -> None:
     inputs, outputs = (rows, columns) if transposed else (columns, rows)
     if inputs is not None:
         labels.consumes(inputs)
+    if 1 < groups < x.shape[1] and rows is not None:
+        labels.lie_in_conv_groups(rows)
     if groups == 1:
         call.match(channels, inputs, x.shape[1])
+    elif groups == x.shape[1] or labels.whole_groups:
+        outputs = _whole_groups(call, channels, rows, columns, groups)
     elif transposed:
-        outputs = _grouped_transposed(call, channels, rows, columns, groups)
-    elif groups == x.shape[1]:
-        _depthwise(call, channels, rows, groups)
+        outputs = _narrower_transposed(call, channels, rows, columns, groups)
     else:
         for atoms in (channels, rows):
             if atoms is not None:
@@ -541,28 +552,34 @@ def convolution(call: Call) -> None:
         call.count_elements(1, call.out)
 
 
-def _depthwise(call: Call, channels: Atoms | None, rows: Atoms | None, groups: int) -> None:
-    """Tie each input channel to the outputs that it alone makes."""
-    if channels is not None and rows is not None:
-        call.labels.tie(np.repeat(channels, len(rows) // groups), rows)
-    else:
-        for atoms in (channels, rows):
-            if atoms is not None:
-                call.labels.freeze(atoms, f"{call.name} with an input of fixed size")
-
-
-def _grouped_transposed(
+def _whole_groups(
     call: Call, channels: Atoms | None, rows: Atoms | None, columns: Atoms | None, groups: int
 ) -> Atoms | None:
-    """Tie the groups of a transposed convolution; return the labels of its outputs."""
-    call.match(channels, rows, groups)
-    if rows is not None and len(rows) > groups:
+    """Tie the channels of each group to each other, inputs and outputs; return the labels of the outputs.
+
+    The inner dimension of the weight is that of a group, and stays.
+    """
+    if columns is not None:
+        call.labels.freeze(columns, f"{call.name} keeps its groups whole")
+    if channels is not None and rows is not None:
+        inside = rows.reshape(groups, -1)
+        call.labels.tie(inside[:, :1], inside)
+        call.labels.tie(inside[:, :1], channels.reshape(groups, -1))
+    else:
+        call.match(channels, rows, call.arg("input").shape[1])
+    if rows is None or not call.arg("transposed"):
+        return rows
+    return np.repeat(rows.reshape(groups, -1)[:, 0], call.out.shape[1] // groups)
+
+
+def _narrower_transposed(
+    call: Call, channels: Atoms | None, rows: Atoms | None, columns: Atoms | None, groups: int
+) -> Atoms | None:
+    """Tie the groups of a transposed convolution to each other; return the labels of its outputs."""
+    call.match(channels, rows, call.arg("input").shape[1])
+    if rows is not None:
         parts = rows.reshape(groups, -1)
         call.labels.tie(parts[:1], parts)
-    if len(rows if rows is not None else ()) == groups:  # depthwise: a channel goes with its own outputs
-        if columns is not None:
-            call.labels.freeze(columns, call.name)
-        return None if rows is None else np.repeat(rows, call.out.shape[1] // groups)
     return None if columns is None else _tile(columns, groups)
 
 

@@ -55,39 +55,48 @@ class SearchSpace:
         bounds: What holds where nothing else is said.
         groups: Exceptions by shell pattern on a group's name or one of its layers; the last match counts.
         ignore: Shell patterns of layers whose output channels all stay.
+        drop_branches: Whether the groups of a residual branch may have width 0, all together, so that the
+            shortcut alone is left.
     """
 
     bounds: Bounds = Bounds()
     groups: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     ignore: Sequence[str] = ()
+    drop_branches: bool = False
 
     @classmethod
     def read(cls, path: str | Path) -> SearchSpace:
-        """Read a space from YAML: ``bounds``, ``groups`` and ``ignore`` as above.
+        """Read a space from YAML: ``bounds``, ``groups``, ``ignore`` and ``drop_branches`` as above.
 
         Raises:
             SpecError: If the file breaks a rule; says which.
         """
         content = read_yaml(path).data
-        unknown = content.keys() - {"bounds", "groups", "ignore"}
+        unknown = content.keys() - {"bounds", "groups", "ignore", "drop_branches"}
         if unknown:
-            raise SpecError(f"{path}: {sorted(unknown)[0]}: unknown; known are bounds, groups and ignore")
+            raise SpecError(
+                f"{path}: {sorted(unknown)[0]}: unknown; known are bounds, groups, ignore and drop_branches"
+            )
         ignore = content.get("ignore", [])
         if not isinstance(ignore, list) or not all(isinstance(pattern, str) for pattern in ignore):
             raise SpecError(f"{path}: ignore: must be a list of patterns such as 'layer1.*'")
         groups = content.get("groups", {})
         if not isinstance(groups, dict):
             raise SpecError(f"{path}: groups: must map patterns to bounds")
+        drop_branches = content.get("drop_branches", False)
+        if not isinstance(drop_branches, bool):
+            raise SpecError(f"{path}: drop_branches: must be true or false, not {drop_branches!r}")
         bounds = _bounds(Bounds(), content.get("bounds", {}), f"{path}: bounds")
         for pattern, exceptions in groups.items():
             _bounds(bounds, exceptions, f"{path}: groups.{pattern}")
-        return cls(bounds, groups, tuple(ignore))
+        return cls(bounds, groups, tuple(ignore), drop_branches)
 
     def allowed(self, graph: ChannelGraph) -> dict[str, Widths]:
         """Return the widths that each group may have, rising; never empty.
 
         Raises:
-            UsageError: If a pattern matches nothing in the network.
+            UsageError: If a pattern matches nothing in the network, or branches are to be dropped where none
+                may vanish.
         """
         layers = {name: _layers(group) for name, group in graph.groups.items()}
         frozen = {layer.layer for layer in graph.frozen}
@@ -106,7 +115,25 @@ class SearchSpace:
                 if fnmatch.filter(layers[name], pattern):
                     bounds = _bounds(bounds, exceptions, pattern)
             widths[name] = _allowed(graph, group, bounds)
+        for name in self._droppable(graph):
+            widths[name] = np.concatenate([[0], widths[name]])
         return widths
+
+    def _droppable(self, graph: ChannelGraph) -> list[str]:
+        """Return the groups of the branches that may vanish and hold no layer to ignore."""
+        if not self.drop_branches:
+            return []
+        if not graph.branches:
+            raise UsageError(
+                "branches are to be dropped, but no residual branch of this network may vanish; "
+                "`archsearch show` says why"
+            )
+        return [
+            name
+            for branch in graph.branches
+            if not any(fnmatch.filter({*branch.layers, *branch.groups}, pattern) for pattern in self.ignore)
+            for name in branch.groups
+        ]
 
 
 def _layers(group: ChannelGroup) -> list[str]:

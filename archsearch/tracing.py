@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -59,12 +60,16 @@ class Site:
 
 @dataclass
 class Op:
-    """One executed op: its name, the place in the model's code behind it, and the labels around it."""
+    """One executed op: its name, the place in the model's code behind it, and the labels around it.
+
+    ``counted`` is how many terms of MACs and of published FLOPs there are up to and with this op.
+    """
 
     name: str
     site: Site
     inputs: list[DimLabels]
     outputs: list[tuple[tuple[int, ...], DimLabels]]
+    counted: tuple[int, int]
 
 
 @dataclass
@@ -101,6 +106,7 @@ class _Tracer(OpMode):
         self._trace = trace
         self._counts = counts
         self._living: dict[int, Activation] = {}
+        self._known: list[StorageWeakRef] = []  # as long as they are kept, no other storage has their address
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -134,6 +140,7 @@ class _Tracer(OpMode):
                     site_of(sys._getframe(1)),
                     list(map(trace.labels.of, inputs)),
                     [(tuple(tensor.shape), trace.labels.of(tensor)) for tensor in call.outputs],
+                    (len(tally.macs), len(tally.published)),
                 )
             )
         return result
@@ -157,6 +164,7 @@ class _Tracer(OpMode):
                 labels = self._trace.labels.of(tensor)
                 made = Activation(step, step, tensor.element_size(), tuple(tensor.shape), labels)
                 self._living[storage] = made
+                self._known.append(StorageWeakRef(tensor.untyped_storage()))
                 self._trace.activations.append(made)
 
     def outlive(self, outputs: list[torch.Tensor]) -> None:
@@ -252,7 +260,7 @@ def untouched(model: nn.Module, *, training: bool) -> Iterator[None]:
                     buffer.copy_(buffers[name])
 
 
-def trace_model(model: nn.Module, example: Any) -> Trace:
+def trace_model(model: nn.Module, example: Any, *, whole_groups: bool = False) -> Trace:
     """Run ``model`` on ``example`` and return what its ops tell.
 
     The run is in eval mode. Parts that only training uses (auxiliary classifiers) are found by a second run
@@ -261,15 +269,16 @@ def trace_model(model: nn.Module, example: Any) -> Trace:
     Args:
         model: Any network, on any device; left exactly as it was.
         example: A tensor ``(N, ...)``, or the positional (tuple) or named (mapping) arguments of the model.
+        whole_groups: Whether a convolution's groups go as a whole, and do not get narrower.
 
     Raises:
         UsageError: If the model fails on the example, or returns no tensor.
     """
-    trace = Trace(Labels(model_tensors(model)))
+    trace = Trace(Labels(model_tensors(model), whole_groups=whole_groups))
     _run(model, example, trace, training=False)
     parameters = list(model.parameters())
     if any(id(parameter) not in trace.touched for parameter in parameters):
-        for batch in (_twice(example), example):
+        for batch in (twice(example), example):
             try:
                 _run(model, batch, trace, training=True)
                 trace.training_example = batch
@@ -300,7 +309,9 @@ def _run(model: nn.Module, example: Any, trace: Trace, *, training: bool) -> Non
             trace.output_shapes = [tuple(tensor.shape) for tensor in outputs]
 
 
-def _twice(example: Any) -> Any:
+def twice(example: Any) -> Any:
+    """Return a model's input as a batch of two of the same, as training modes may ask for."""
+
     def double(leaf: Any) -> Any:
         return torch.cat([leaf, leaf]) if isinstance(leaf, torch.Tensor) and leaf.dim() else leaf
 

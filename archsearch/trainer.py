@@ -55,6 +55,7 @@ class Trainer:
         *,
         callbacks: Sequence[Callback] = (),
         identity: Mapping[str, Any] | None = None,
+        start_step: int = 0,
     ) -> Trained:
         """Train a network, or find that it was trained before, and measure it on the test set.
 
@@ -65,10 +66,11 @@ class Trainer:
             seed: Of the order of the images and the like.
             callbacks: Called before those that only keep records.
             identity: What these callbacks do to the training, as plain values; part of its address.
+            start_step: As for ``training.train``.
         """
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        facts = describe(model, recipe, seed, resolve_device(self.device), world_size)
+        facts = describe(model, recipe, seed, resolve_device(self.device), _processes())
         identity = {"data": self.data.fingerprint, **(identity or {})}
+        facts |= {"start step": start_step} if start_step else {}
         directory = self.store / "trainings" / _key({**facts, **identity})
         result = train(
             model,
@@ -81,13 +83,19 @@ class Trainer:
             callbacks=[*callbacks, MetricsFile(directory / "metrics.csv"), *self.callbacks(label, directory)],
             checkpoint_every_s=self.checkpoint_every_s,
             identity=identity,
+            start_step=start_step,
         )
         accuracy = self._test_accuracy(result.model, recipe, directory)
         how = "trained before, read from" if result.reused else "kept in"
         self.say(
             f"{label}: {accuracy:.2f} % on the test set after {result.epochs} epochs ({how} {directory})"
         )
-        return Trained(result.model, accuracy, result.epochs, result.seconds)
+        return Trained(result.model, accuracy, result.epochs, result.seconds, directory)
+
+    def steps_per_epoch(self, recipe: Recipe) -> int:
+        """Return how many steps an epoch of a training takes."""
+        processes = _processes()
+        return self.data.train.num_batches(recipe.batch_size // processes, world_size=processes)
 
     def calibration(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Return batches of the train split as they are, always the same, for methods that look at images."""
@@ -108,12 +116,13 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained network with its test accuracy in percent."""
+    """A trained network with its test accuracy in percent, and the directory of its training."""
 
     model: nn.Module
     accuracy: float
     epochs: int
     seconds: float
+    directory: Path | None = None
 
 
 def arm_of(name: str, widths: str, budget: str, cost: Cost, results: Sequence[Trained]) -> Arm:
@@ -143,6 +152,10 @@ def check_classes(traced: Traced, data: DataSource) -> None:
 def is_main() -> bool:
     """Return whether this process is the one that writes files and prints."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _key(facts: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from archsearch.graph import ChannelGraph, Selection
 from archsearch.grouping import channel_graph, freeze_groups
@@ -158,6 +159,8 @@ class _OverKept(OpMode):
                 kept = self._kept[self._graph.unit_of_atom[atoms]]
                 if kept.all():
                     continue
+                if not kept.any():  # the op sees dropped channels alone: what it makes is dropped as well
+                    return pytree.tree_map_only(torch.Tensor, torch.zeros_like, func(*args, **kwargs))
                 indices = torch.from_numpy(np.flatnonzero(kept)).to(narrowed[position].device)
                 full = narrowed[position].shape[dim]
                 narrowed[position] = narrowed[position].index_select(dim, indices)
@@ -195,17 +198,18 @@ def _narrow_norm(op: str, args: list[Any], indices: torch.Tensor) -> None:
         args[4] = len(indices)
 
 
-def prunable_graph(model: nn.Module, example: Any) -> ChannelGraph:
+def prunable_graph(model: nn.Module, example: Any, *, whole_groups: bool = False) -> ChannelGraph:
     """Find the channel groups of a network that can be removed: those of the trace that pass the rehearsal.
 
     Args:
         model: Any network, on any device, in any mode; left exactly as it was.
         example: An input ``(N, ...)``, or the positional (tuple) or named (mapping) arguments of the model.
+        whole_groups: Whether a convolution's groups go as a whole, and do not get narrower.
 
     Raises:
         UsageError: If the model fails on the example.
     """
-    return rehearse(model, channel_graph(model, example), example)
+    return rehearse(model, channel_graph(model, example, whole_groups=whole_groups), example)
 
 
 def rehearse(model: nn.Module, graph: ChannelGraph, example: Any, *, seed: int = 0) -> ChannelGraph:

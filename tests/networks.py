@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from archsearch.gathers import add_gathers
+
 
 @dataclass(frozen=True)
 class Network:
@@ -78,6 +80,31 @@ class Chain(nn.Module):
     def forward(self, x: Tensor) -> Any:
         x = F.relu(self.bn1(self.conv1(x)))
         return self.fc(pooled(F.relu(self.bn2(self.conv2(x)))))
+
+
+@_network(
+    (1, 3, 8, 8),
+    groups={"bn1": 6, "conv1": 4, "bn": 6},  # norms that gather are groups, the stream that they read stays
+    macs=64 * (9 * 3 * 6 + 6 * 4 + 9 * 4 * 6) + 6 * 5,
+    params=9 * 3 * 6 + 2 * 6 + 6 * 4 + 2 * 4 + 9 * 4 * 6 + 2 * 6 + 6 * 5 + 5,
+    frozen={"stem": 6, "conv2": 6, "fc": 5},
+)
+class Gathering(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(6)
+        self.conv1 = nn.Conv2d(6, 4, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(4)
+        self.conv2 = nn.Conv2d(4, 6, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(6)
+        self.fc = nn.Linear(6, 5)
+        add_gathers(self, ["bn1", "bn"])
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.stem(x)
+        x = x + self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x))))))
+        return self.fc(pooled(F.relu(self.bn(x))))
 
 
 @_network(

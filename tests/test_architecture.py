@@ -133,7 +133,7 @@ def test_the_committed_schema_is_up_to_date() -> None:
 @pytest.mark.parametrize(
     "edit",
     [
-        ("width: 7", "width: 0"),
+        ("width: 7", "width: -1"),
         ("width: 7", "width: 7.0e-1"),
         ("width: 7", "breadth: 7"),
         ("[3, 32, 32]", "[]"),
@@ -238,7 +238,7 @@ def test_the_kept_share_is_that_of_the_macs() -> None:
     ("old", "new", "message"),
     [
         ("width: 7,", "width: 17,", "10: widths.layer1.0.conv1: width 17 is more than the size 16 of"),
-        ("width: 7,", "width: 0,", "10: widths.layer1.0.conv1.width: must be greater than or equal to 1"),
+        ("width: 7,", "width: -1,", "10: widths.layer1.0.conv1.width: must be greater than or equal to 0"),
         ("width: 7,", "width: 70000,", "10: widths.layer1.0.conv1.width: must be less than or equal to"),
         ("width: 7,", "width: 7.0,", "10: widths.layer1.0.conv1.width: must be an integer (got 7.0)"),
         ("width: 7,", "width: '7',", "10: widths.layer1.0.conv1.width: must be an integer (got '7')"),

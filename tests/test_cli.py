@@ -129,7 +129,10 @@ def test_lists_name_what_there_is(
         (["find", "--flops"], "--flops: expected one argument"),
         (["find", "--epochs", "ten"], "--epochs: invalid int value: 'ten'"),
         (["find", "--flops", "0.5"], "no model: give --model NAME"),
-        (NOT_TRAINED, "nothing says how small: give --flops, --params, --memory or --channels, or a --preset"),
+        (
+            NOT_TRAINED,
+            "nothing says how small: give --flops, --params, --memory or --channels, or a --preset",
+        ),
         (
             ["find", "--model", "resnet65", "--flops", "0.5"],
             "unknown model 'resnet65': did you mean resnet56",

@@ -25,7 +25,11 @@ from archsearch.tracing import call_model
 from archsearch.verification import random_selection
 
 networks = pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS.keys())
-PUBLISHED = yaml.safe_load((Path(__file__).parent / "data" / "liu2019_l1_norm.yaml").read_text())
+PUBLISHED = {
+    name: facts
+    for name, facts in yaml.safe_load((Path(__file__).parent / "data" / "presets.yaml").read_text()).items()
+    if "rule" in facts
+}
 
 
 def cost_of(name: str) -> CostModel:
@@ -191,15 +195,15 @@ def published_widths(rule: dict[str, Any], sizes: dict[str, int]) -> dict[str, i
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configurations_cost_what_is_published(name: str) -> None:
-    rule = PUBLISHED[name]
-    model = resolve(rule["model"]).build()
+    facts = PUBLISHED[name]
+    model = resolve(facts["model"]).build()
     cost = CostModel(model, channel_graph(model, torch.randn(1, 3, 32, 32)))
-    pruned = cost.of(published_widths(rule, cost.mapping(cost.sizes)))
-    assert [cost.reference.macs, pruned.macs] == rule["macs"]
-    assert [cost.reference.params, pruned.params] == rule["params"]
+    pruned = cost.of(published_widths(facts["rule"], cost.mapping(cost.sizes)))
+    assert [cost.reference.macs, pruned.macs] == facts["macs"]
+    assert [cost.reference.params, pruned.params] == facts["params"]
     ratio = Fraction(cost.reference.published_flops, pruned.published_flops)
-    assert round(float(ratio), 4) == rule["flops_ratio"]
-    assert int(160 * ratio) == rule["epochs"]
+    assert round(float(ratio), 4) == facts["flops_ratio"]
+    assert int(facts["epochs"] * ratio) == facts["scratch_b_epochs"]
 
 
 # --- laws -----------------------------------------------------------------------------------------------

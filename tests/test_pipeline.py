@@ -52,6 +52,11 @@ def test_a_run_compares_reference_uniform_fine_tuned_and_from_scratch(tmp_path: 
     assert scratch.params == sum(p.numel() for p in found.model.parameters())
 
 
+def test_the_fine_tuned_arm_can_be_left_out(tmp_path: Path) -> None:
+    arms = search(tmp_path, budget="scratch-e", finetune="none").record.arms
+    assert [arm.name for arm in arms] == ["reference", "uniform, scratch-e", "l1_norm, scratch-e"]
+
+
 def test_a_run_names_the_files_that_it_wrote_and_they_agree_with_what_it_returns(tmp_path: Path) -> None:
     found = search(tmp_path, conditions={"command": "archsearch find"})
     out = tmp_path / "out"
@@ -204,8 +209,7 @@ def test_an_edited_or_foreign_architecture_in_the_way_is_not_overwritten_unseen(
         ({"budget": "scratch-c"}, "unknown budget 'scratch-c': did you mean scratch-"),
         ({"method": "l1_nrom"}, "unknown pruner 'l1_nrom': did you mean l1_norm"),
         ({"allocation": "globl"}, "unknown allocation 'globl': did you mean global"),
-        ({"finetune": "none"}, "--finetune none: does not fine-tune; give finetune or finetune-published"),
-        ({"finetune": "scratch-b"}, "does not fine-tune"),
+        ({"finetune": "scratch-b"}, "does not fine-tune; give finetune or finetune-published or none"),
         ({"budget_cap": 0.5}, "cap must be a number of at least 1"),
         ({"budget_cap": float("nan")}, "cap must be a number of at least 1"),
     ],

@@ -13,7 +13,8 @@ from torch import nn
 
 from archsearch.allocation import select
 from archsearch.grouping import channel_graph
-from archsearch.pruners import Context, inherit_weights
+from archsearch.models import resolve
+from archsearch.pruners import Context, inherit_weights, reconstruction
 from archsearch.pruners.reconstruction import least_change
 from archsearch.pruners.regression import Regression, entry_penalties
 from archsearch.surgery import shrink
@@ -197,3 +198,95 @@ def test_a_network_in_channels_last_is_fitted_too() -> None:
     context.model.to(memory_format=torch.channels_last)
     for name, tensor in Regression(images=200).inherit(context, kept).state_dict().items():
         torch.testing.assert_close(tensor, plain[name], rtol=1e-3, atol=1e-4)
+
+
+# --- residual branches ------------------------------------------------------------------------------------
+
+
+class TwoBlocks(nn.Module):
+    """The stream into the second block carries the error of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.convs = nn.ModuleList(nn.Conv2d(6, 6, 3, padding=1, bias=False) for _ in range(4))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(6) for _ in range(4))
+        self.fc = nn.Linear(6, 5)
+        for norm in self.norms:
+            nn.init.uniform_(norm.weight, 0.5, 1.5)  # type: ignore[arg-type]
+            nn.init.uniform_(norm.running_var, 0.5, 1.5)  # type: ignore[arg-type]
+
+    def branch(self, block: int, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.norms[2 * block](self.convs[2 * block](x)))
+        out: torch.Tensor = self.norms[2 * block + 1](self.convs[2 * block + 1](x))
+        return out
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = torch.relu(self.stem(x))
+        for block in range(2):
+            x = torch.relu(self.branch(block, x) + x)
+        return self.fc(x.mean((2, 3)))
+
+
+def two_blocks() -> Context:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = TwoBlocks().eval()
+    images = images_for("Chain", 60)
+    return Context(model, channel_graph(model, images[:1]), batches=lambda: [(images, torch.empty(0))])
+
+
+def test_the_end_of_a_branch_is_numpys_least_squares_to_what_the_sum_lacks() -> None:
+    """Of its own output and of the shortcut, in units of the convolution before its norm."""
+    context = two_blocks()
+    kept = select(
+        Regression(images=60).score(context), {name: size - 2 for name, size in context.graph.sizes.items()}
+    )
+    small: Any = Regression(images=60, places=64, ridge=1e-12).inherit(context, kept)
+    cut: Any = shrink(context.model, context.graph, kept)
+    reference: Any = context.model
+    images, stream = images_for("Chain", 60), kept["stem"]
+    with torch.no_grad():
+        was = torch.relu(reference.stem(images))
+        was = torch.relu(reference.branch(0, was) + was)
+        now = torch.relu(small.stem(images))
+        now = torch.relu(small.branch(0, now) + now)
+        assert (was[:, stream] - now).abs().max() > 0.01
+        norm = reference.norms[3]
+        scale = (norm.weight / (norm.running_var + norm.eps).sqrt())[stream]
+        inputs = torch.relu(small.norms[2](small.convs[2](now)))
+        wanted = reference.convs[3](torch.relu(reference.norms[2](reference.convs[2](was))))[:, stream]
+        wanted = wanted + (was[:, stream] - now) / scale[:, None, None]
+        missing = (wanted - cut.convs[3](inputs)).permute(0, 2, 3, 1).flatten(0, 2)
+        patches = nn.functional.unfold(inputs, 3, padding=1).transpose(1, 2).flatten(0, 1)
+        change = np.linalg.lstsq(patches.double().numpy(), missing.double().numpy(), rcond=1e-7)[0].T
+    ours = (small.convs[3].weight - cut.convs[3].weight).detach().flatten(1).numpy()
+    assert ours == pytest.approx(change, rel=1e-2, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "preresnet56"])
+def test_the_blocks_of_a_resnet_come_nearer_to_the_references_than_without_the_correction(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the shortcut pads channels, which it does after the branch has run."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: Any = resolve(name).build()
+    images = torch.rand(48, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for _ in range(20):
+            model.train()(images)
+    context = Context(
+        model.eval(), channel_graph(model, images[:1]), batches=lambda: [(images, torch.empty(0))]
+    )
+    kept = {name: np.arange((size + 1) // 2) for name, size in context.graph.sizes.items()}
+    method = Regression(images=48, places=48)
+
+    def error() -> float:
+        small = method.inherit(context, kept)
+        with torch.no_grad():
+            return float(nn.functional.mse_loss(small(images), model(images)))
+
+    corrected = error()
+    monkeypatch.setattr(reconstruction._Noted, "shortcuts", {})
+    assert corrected < 0.95 * error()

@@ -10,9 +10,9 @@ from rich.table import Table
 
 from archsearch.errors import UsageError
 from archsearch.models import resolve
+from archsearch.pictures import check_picture
 from archsearch.rebuild import Traced, trace_source
 from archsearch.report import (
-    check_picture,
     comparison,
     cost_table,
     describe_architecture,

@@ -161,7 +161,7 @@ def test_an_empty_mapping_is_the_default_space(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("bound: {}\n", "bound: unknown; known are bounds, groups and ignore"),
+        ("bound: {}\n", "bound: unknown; known are bounds, groups, ignore and drop_branches"),
         ("bounds: {keep: 0.5}\n", r"bounds\.keep: unknown; known are min_keep"),
         ("bounds: {min_keep: half}\n", r"bounds\.min_keep: must be a number, not 'half'"),
         ("bounds: {min_keep: true}\n", r"bounds\.min_keep: must be a number, not True"),

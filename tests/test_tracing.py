@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from networks import NETWORKS, Auxiliary, Chain, Network, TwoInputs
 from torch import Tensor, nn
 
+from archsearch.cost import CostModel
 from archsearch.errors import ArchsearchError
 from archsearch.grouping import channel_graph
 from archsearch.surgery import shrink
@@ -201,3 +202,22 @@ def test_inference_tensors_and_no_grad_do_not_matter() -> None:
     with torch.no_grad():
         assert channel_graph(Chain(), torch.randn(2, 3, 8, 8)).sizes == {"conv1": 8, "conv2": 12}
     assert torch.is_grad_enabled()
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.conv(x)
+        for number in range(30):
+            x = x * torch.tensor(float(number)) + torch.tensor(1.0)
+        return x
+
+
+def test_a_constant_in_the_place_of_a_freed_tensor_does_not_lengthen_its_life() -> None:
+    """Torch gives memory, and addresses, out again; at most two tensors of 64 floats live at once here."""
+    model, example = Counting(), torch.randn(1, 1, 8, 8)
+    cost = CostModel(model, channel_graph(model, example)).reference
+    assert cost.peak_activation_bytes == 2 * 64 * 4

@@ -6,69 +6,22 @@ import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from archsearch.cli import (
+    compression_commands,
+    find_commands,
+    guide_commands,
+    latency_commands,
+    profile_commands,
+    sparsity_commands,
+)
 from archsearch.cli.output import say, show_result
 from archsearch.cli.values import (
     chosen_recipe,
-    command_line,
-    data_arguments,
-    input_shape,
-    named_values,
     opened_data,
-    recipe_changes,
-    run_name,
-    search_space,
     traced_model,
     training_callbacks,
 )
 from archsearch.errors import UsageError
-
-
-def run_find(options: argparse.Namespace) -> None:
-    """Find an architecture, compare it, and name the files written."""
-    from archsearch.api import find
-    from archsearch.report import comparison
-
-    data = options.data or (None if options.budget == "none" else "digits")
-    out = options.out or Path("runs") / run_name(options, data)
-    found = find(
-        options.model,
-        flops=options.flops,
-        params=options.params,
-        memory=options.memory,
-        channels=options.channels,
-        preset=options.preset,
-        method=options.method,
-        options=named_values(options.option, "--option"),
-        allocation=options.allocation,
-        space=search_space(options),
-        steps=options.steps,
-        recover=options.recover,
-        recalibrate=options.recalibrate,
-        data=data,
-        data_options=data_arguments(options),
-        weights=options.weights,
-        budget=options.budget,
-        budget_cap=options.budget_cap,
-        published_cost=options.published_cost,
-        finetune=options.finetune,
-        recipe=options.recipe,
-        recipe_changes=recipe_changes(options),
-        seeds=options.seeds,
-        seed=options.seed,
-        device=options.device,
-        input_shape=input_shape(options),
-        classes=options.classes,
-        arguments=named_values(options.argument, "--argument"),
-        trust_code=options.trust_code,
-        out=out,
-        store=options.store,
-        conditions={"command": command_line(options.words)},
-        say=say,
-        callbacks=training_callbacks(options),
-    )
-    show_result(comparison(found.record))
-    for path in found.files:
-        show_result(f"wrote {path}")
 
 
 def run_train(options: argparse.Namespace) -> None:
@@ -116,8 +69,8 @@ def run_show(options: argparse.Namespace) -> None:
     """Show an architecture file, or the channel groups of a model; draw them if asked."""
     if (options.architecture is None) == (options.model is None):
         raise UsageError("give an architecture file, or --model NAME")
+    from archsearch.pictures import check_picture
     from archsearch.report import (
-        check_picture,
         describe_architecture,
         describe_model,
         draw_graph,
@@ -147,9 +100,14 @@ def run_list(options: argparse.Namespace) -> None:
 
 
 COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = {
-    "find": run_find,
+    **find_commands.COMMANDS,
     "train": run_train,
     "evaluate": run_evaluate,
     "show": run_show,
+    **sparsity_commands.COMMANDS,
+    **guide_commands.COMMANDS,
+    **compression_commands.COMMANDS,
+    **latency_commands.COMMANDS,
+    **profile_commands.COMMANDS,
     "list": run_list,
 }

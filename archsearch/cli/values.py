@@ -27,7 +27,7 @@ def traced_model(options: argparse.Namespace) -> Traced:
     source = resolve(options.model, trust_code=options.trust_code)
     arguments = named_values(options.argument, "--argument")
     shape, words = shape_and_arguments(source, None, input_shape(options), options.classes, arguments)
-    return trace_source(source, words, shape)
+    return trace_source(source, words, shape, gathers=options.gather, whole_groups=options.whole_groups)
 
 
 def chosen_recipe(options: argparse.Namespace, data: str) -> Recipe:
@@ -54,7 +54,12 @@ def search_space(options: argparse.Namespace) -> Any:
     space = SearchSpace.read(options.space) if options.space else SearchSpace()
     given = {name: getattr(options, name) for name in ("round_to", "min_width", "min_keep")}
     bounds = replace(space.bounds, **{name: value for name, value in given.items() if value is not None})
-    return replace(space, bounds=bounds, ignore=(*space.ignore, *(options.ignore or ())))
+    return replace(
+        space,
+        bounds=bounds,
+        ignore=(*space.ignore, *(options.ignore or ())),
+        drop_branches=space.drop_branches or options.drop_branches,
+    )
 
 
 def data_arguments(options: argparse.Namespace) -> dict[str, Any]:
@@ -113,14 +118,14 @@ def split_pairs(pairs: Sequence[str], option: str) -> dict[str, str]:
     return found
 
 
-def run_name(options: argparse.Namespace, data: str | None) -> str:
+def run_name(options: argparse.Namespace, data: str | None, what: str) -> str:
     """Return a directory name that says what the run is."""
-    target = options.preset or "-".join(
+    target = getattr(options, "preset", None) or "-".join(
         f"{name}-{getattr(options, name)}"
         for name in ("flops", "params", "memory", "channels")
         if getattr(options, name)
     )
-    parts = [options.model or "", data or "", options.method, target]
+    parts = [options.model or "", data or "", what, target]
     return "-".join("".join(c if c.isalnum() or c in "._" else "-" for c in part) for part in parts if part)
 
 

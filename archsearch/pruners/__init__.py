@@ -5,11 +5,17 @@ appear in ``archsearch list pruners``, on the command line and in the contract t
 """
 
 from archsearch.pruners import (  # noqa: F401  importing a method registers it
+    chip,
     fpgm,
+    group_l1,
+    hrank,
     norm,
     norm_scale,
     plain,
     regression,
+    slimming,
+    soft_filter,
+    sss,
     taylor,
     thinet,
 )
@@ -21,8 +27,8 @@ from archsearch.pruners.pruner import (
     Need,
     Pruner,
     Scores,
-    Sparsifying,
     SparseTraining,
+    Sparsifying,
     inherit_weights,
 )
 

@@ -35,10 +35,13 @@ class Gram:
 
     Attributes:
         matrix: Sum over samples of the products of two units' contributions, ``(size, size)``.
+        output: Sum over samples of the squared outputs of the layer (without bias), to which other groups
+            may contribute too.
         samples: How many samples.
     """
 
     matrix: Matrix
+    output: float
     samples: int
 
 
@@ -72,6 +75,8 @@ def all_filters(reading: Reading, places: int, draw: torch.Generator, units: csr
 def gram_of_all_filters(patches: torch.Tensor, weight: torch.Tensor, units: csr_array) -> Matrix:
     """Return the Gram matrix of the contributions at all places to all filters, without forming any.
 
+    Products are in single precision, as the network computes them, and sums in double: twice as fast.
+
     The contribution of channel ``c`` to filter ``o`` at place ``r`` is ``sum_k P[r,c,k] W[o,c,k]``. So the
     products of those of ``c`` and ``d``, summed over ``r`` and ``o``, are
     ``sum_kj (P_k' P_j)[c,d] (W_k' W_j)[c,d]``. Swapping ``k`` and ``j`` transposes a term: half of them do.
@@ -85,13 +90,13 @@ def gram_of_all_filters(patches: torch.Tensor, weight: torch.Tensor, units: csr_
     half = np.zeros((units.shape[1],) * 2)
     for group, own_weight in enumerate(weight):
         own_units = units[group * size : (group + 1) * size]
-        p, w = patches[:, group].permute(2, 1, 0).contiguous(), own_weight.permute(2, 1, 0).contiguous()
+        p, w = (rows.permute(2, 1, 0).float().contiguous() for rows in (patches[:, group], own_weight))
         for start in range(0, size, 1024):  # bounds the memory
             part = slice(start, start + 1024)
-            products = torch.zeros(len(p[0, part]), size, dtype=p.dtype, device=p.device)
+            products = torch.zeros(len(p[0, part]), size, dtype=torch.float64, device=p.device)
             for k in range(kernel):
                 for j in range(k + 1):
-                    term = (p[k, part] @ p[j].T) * (w[k, part] @ w[j].T)
+                    term = (p[k, part] @ p[j].T).mul_(w[k, part] @ w[j].T)
                     products.add_(term, alpha=0.5 if k == j else 1)
             half += own_units[part].T @ (products.cpu().numpy() @ own_units)
     return half + half.T
@@ -114,11 +119,14 @@ def contribution_grams(context: Context, images: int, places: int, add_up: AddUp
     def see(reading: Reading, run: Run) -> torch.Tensor:
         groups = [graph.groups[name] for name in graph.groups_of(reading.units)]
         units = [membership(reading.units - group.first_unit, group.size) for group in groups]
-        matrix, samples = add_up(reading, places * len(batch), draw, hstack(units, format="csr"))
+        others = np.ones((len(reading.units), 1)) - sum(part.sum(1)[:, None] for part in units)
+        every = hstack([*units, csr_array(others)], format="csr")
+        matrix, samples = add_up(reading, places * len(batch), draw, every)
+        output = max(float(matrix.sum()), 0.0)
         end = 0
         for group in groups:
             start, end = end, end + group.size
-            grams[group.name][reading.number] = Gram(matrix[start:end, start:end], samples)
+            grams[group.name][reading.number] = Gram(matrix[start:end, start:end], output, samples)
         return run()
 
     watch(context.model, graph, batch, see)
@@ -128,7 +136,10 @@ def contribution_grams(context: Context, images: int, places: int, add_up: AddUp
 def in_total(grams: Mapping[int, Gram]) -> Gram:
     """Add up the Gram matrices of all ops that read a group."""
     matrices = [gram.matrix for gram in grams.values()]
-    return Gram(np.sum(matrices, axis=0), sum(gram.samples for gram in grams.values()))
+    output, samples = (
+        sum(each) for each in zip(*((g.output, g.samples) for g in grams.values()), strict=True)
+    )
+    return Gram(np.sum(matrices, axis=0), output, samples)
 
 
 def membership(units: Units, size: int) -> csr_array:

@@ -25,6 +25,10 @@ def rows_of(
 def filters(
     tensors: Mapping[str, torch.Tensor], graph: ChannelGraph, group: ChannelGroup
 ) -> Iterator[torch.Tensor]:
-    """Return the filters of each layer that produces a group, ``(size, weights of a filter)``."""
+    """Return the filters of each layer that produces a group, ``(size, weights of a filter)``.
+
+    None where no weights do: a norm that gathers selects channels, it computes none.
+    """
     for member in group.producers:
-        yield rows_of(tensors, graph, group, member)
+        if tensors[member.tensor].is_floating_point():
+            yield rows_of(tensors, graph, group, member)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 
 from archsearch.pruners.filters import filters
@@ -22,12 +23,19 @@ class Fpgm:
     needs: ClassVar[tuple[Need, ...]] = ()
 
     def score(self, context: Context) -> Scores:
-        """Return the sum of each filter's Euclidean distances to all others of its group."""
+        """Return the sum of each filter's Euclidean distances to all others of its group.
+
+        A group without filters stays: its scores are infinite.
+        """
         tensors = model_tensors(context.model)
         scores = {}
         for name, group in context.graph.groups.items():
             squared = torch.zeros(group.size, group.size, dtype=torch.float64)
-            for rows in filters(tensors, context.graph, group):
+            found = list(filters(tensors, context.graph, group))
+            if not found:
+                scores[name] = np.full(group.size, np.inf)
+                continue
+            for rows in found:
                 rows = rows.double()  # small distances are small differences of large squares
                 gram = (rows @ rows.T).cpu()
                 norms = gram.diagonal()

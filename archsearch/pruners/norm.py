@@ -15,16 +15,18 @@ from archsearch.tracing import model_tensors
 def filter_norms(context: Context, p: int) -> Scores:
     """Return the p-norm of each unit's filters, over all layers that produce its group.
 
-    A filter is one slice of a producer along its output dimension; biases and norms do not count.
+    A filter is one slice of a producer along its output dimension; biases and norms do not count. A group
+    without filters stays: its scores are infinite.
     """
     tensors = model_tensors(context.model)
     scores = {}
     for name, group in context.graph.groups.items():
-        total = torch.zeros(group.size, dtype=torch.float64)
-        for rows in filters(tensors, context.graph, group):
-            magnitudes = rows.abs() if p == 1 else rows.abs().pow(p)
-            total += magnitudes.sum(1, dtype=torch.float64).cpu()
-        scores[name] = (total ** (1 / p)).numpy()
+        sums = [
+            rows.abs().pow(p).sum(1, dtype=torch.float64).cpu()
+            for rows in filters(tensors, context.graph, group)
+        ]
+        total = torch.stack(sums).sum(0) if sums else torch.full((group.size,), torch.inf)
+        scores[name] = (total ** (1 / p)).double().numpy()
     return scores
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,6 +21,44 @@ _NORMS = (
     nn.RMSNorm,
     nn.modules.instancenorm._InstanceNorm,
 )
+
+
+def norm_scales(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the scales of all norms by name."""
+    return {
+        f"{name}.weight" if name else "weight": module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, _NORMS) and module.weight is not None
+    }
+
+
+def is_norm(op: str) -> bool:
+    """Return whether an op, by its name, normalises activations."""
+    return re.search("(batch|layer|group|rms)_norm", op) is not None
+
+
+def scale_scores(context: Context, method: str) -> Scores:
+    """Return the mean absolute scale of each unit, infinite where a group has no norm.
+
+    Args:
+        context: The network and its groups.
+        method: What the user calls the method that asks.
+
+    Raises:
+        UsageError: If no group has a norm.
+    """
+    scales = norm_scales(context.model)
+    scores = {}
+    for name, group in context.graph.groups.items():
+        found = [
+            rows_of(scales, context.graph, group, member).abs().mean(1, dtype=torch.float64).cpu().numpy()
+            for member in group.members
+            if member.tensor in scales
+        ]
+        scores[name] = np.mean(found, axis=0) if found else np.full(group.size, np.inf)
+    if all(np.isinf(worth).all() for worth in scores.values()):
+        raise UsageError(f"{method}: no channel group of this network has a norm; take another --method")
+    return scores
 
 
 @PRUNERS.register("bn_scale")
@@ -42,19 +81,4 @@ class NormScale:
         Raises:
             UsageError: If no group has a norm.
         """
-        scales = {
-            f"{name}.weight" if name else "weight": module.weight
-            for name, module in context.model.named_modules()
-            if isinstance(module, _NORMS) and module.weight is not None
-        }
-        scores = {}
-        for name, group in context.graph.groups.items():
-            found = [
-                rows_of(scales, context.graph, group, member).abs().mean(1, dtype=torch.float64).cpu().numpy()
-                for member in group.members
-                if member.tensor in scales
-            ]
-            scores[name] = np.mean(found, axis=0) if found else np.full(group.size, np.inf)
-        if all(np.isinf(worth).all() for worth in scores.values()):
-            raise UsageError("bn_scale: no channel group of this network has a norm; take another --method")
-        return scores
+        return scale_scores(context, "bn_scale")

@@ -8,15 +8,13 @@ no channels.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -26,10 +24,12 @@ from archsearch.errors import ArchsearchError
 from archsearch.graph import STAYS, ChannelGraph, Selection, Units
 from archsearch.labels import Atoms
 from archsearch.rules import op_name
+from archsearch.surgery import vanished
 from archsearch.tracing import Op, OpMode, call_model, model_tensors, untouched
 
 _CONVOLUTION, _PRODUCT, _PRODUCT_AND_BIAS = "aten::convolution", "aten::mm", "aten::addmm"
-_NAMES = (_CONVOLUTION, _PRODUCT, _PRODUCT_AND_BIAS)
+CONTRACTIONS = (_CONVOLUTION, _PRODUCT, _PRODUCT_AND_BIAS)
+"""The names of convolutions and of products with a matrix."""
 
 
 @dataclass(frozen=True)
@@ -123,9 +123,17 @@ Run: TypeAlias = Callable[[], torch.Tensor]
 See: TypeAlias = Callable[[Reading, Run], torch.Tensor]
 """Gets a reading and what runs its op; returns the op's output."""
 
+Follow: TypeAlias = Callable[[str, tuple[Any, ...], Callable[[], Any]], Any]
+"""Gets an op's name, its arguments and what runs it; returns what that returns."""
+
 
 def watch(
-    model: nn.Module, graph: ChannelGraph, images: torch.Tensor, see: See, selection: Selection | None = None
+    model: nn.Module,
+    graph: ChannelGraph,
+    images: torch.Tensor,
+    see: See,
+    selection: Selection | None = None,
+    follow: Follow = lambda name, args, run: run(),
 ) -> set[int]:
     """Run a network in eval mode and show its readings to a function.
 
@@ -135,6 +143,7 @@ def watch(
         images: A batch.
         see: Called in place of each op that reads prunable channels.
         selection: What a small network keeps.
+        follow: Called in place of every op; runs it, and with it ``see``.
 
     Returns:
         Numbers of the readings whose weight and bias are parameters that no other op uses.
@@ -143,19 +152,49 @@ def watch(
         ArchsearchError: If the network runs other convolutions and products than it did on its example.
     """
     every = {name: np.arange(group.size) for name, group in graph.groups.items()}
-    mode = _Watch(model, graph, see, graph.kept_units(every if selection is None else selection))
+    mode = _Watch(model, graph, see, every if selection is None else selection, follow)
     with untouched(model, training=False), mode:
         call_model(model, images)
     return {number for number, tensors in mode.seen.items() if all(mode.uses[t] == 1 for t in tensors)}
 
 
-class _Watch(OpMode):
-    def __init__(self, model: nn.Module, graph: ChannelGraph, see: See, kept: npt.NDArray[np.bool_]) -> None:
+class ContractionMode(OpMode):
+    """Know of each convolution and product of a run what the trace tells of it.
+
+    Args:
+        graph: The channel groups of the network that runs.
+        gone: Numbers of the trace's ops that the network lacks.
+    """
+
+    def __init__(self, graph: ChannelGraph, gone: Collection[int] = ()) -> None:
         super().__init__()
+        traced = ((step, op) for step, op in enumerate(graph.trace.ops) if op.name in CONTRACTIONS)
+        self._expected = iter([(number, op) for number, (step, op) in enumerate(traced) if step not in gone])
+
+    def next_op(self, name: str) -> tuple[int, Op]:
+        """Return the next of the trace's convolutions and products, and its number.
+
+        Raises:
+            ArchsearchError: If it is not one of that name.
+        """
+        number, op = next(self._expected, (0, None))
+        if op is None or op.name != name:
+            raise ArchsearchError(
+                f"the network runs {name} on calibration images where it ran another op on its example. "
+                "This method cannot follow a network whose ops depend on the batch: take another --method"
+            )
+        return number, op
+
+
+class _Watch(ContractionMode):
+    def __init__(
+        self, model: nn.Module, graph: ChannelGraph, see: See, selection: Selection, follow: Follow
+    ) -> None:
+        super().__init__(graph, {op for branch in vanished(graph, selection) for op in branch.ops})
         self.seen: dict[int, list[int]] = {}
         self.uses = dict.fromkeys(map(_place_in_memory, model_tensors(model).values()), 0)
-        self._graph, self._see, self._kept, self._number = graph, see, kept, itertools.count()
-        self._ops = [op for op in graph.trace.ops if op.name in _NAMES]
+        self._graph, self._see, self._kept = graph, see, graph.kept_units(selection)
+        self._follow = follow
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -168,22 +207,18 @@ class _Watch(OpMode):
             for tensor in pytree.tree_leaves(args):
                 if isinstance(tensor, torch.Tensor) and (place := _place_in_memory(tensor)) in self.uses:
                     self.uses[place] += 1
-        if name not in _NAMES:
-            return run()
-        number = next(self._number)
-        if number >= len(self._ops) or self._ops[number].name != name:
-            raise ArchsearchError(
-                f"the network runs {name} on calibration images where it ran another op on its example. "
-                "This method cannot follow a network whose ops depend on the batch: take another --method"
-            )
-        reading = self._reading(number, self._ops[number], name, args)
+        everything = (*args, *(kwargs or {}).values())
+        if name not in CONTRACTIONS:
+            return self._follow(name, everything, run)
+        number, op = self.next_op(name)
+        reading = self._reading(number, op, name, args)
         if reading is None:
-            return run()
+            return self._follow(name, everything, run)
         tensors = [reading.argument] if reading.bias is None else [reading.argument, reading.bias]
         places = [_place_in_memory(tensor) for tensor in tensors]
         if all(place in self.uses for place in places):
             self.seen[number] = places
-        return self._see(reading, run)
+        return self._follow(name, everything, lambda: self._see(reading, run))
 
     def _units(self, atoms: Atoms) -> Units:
         """Return the units of a dimension, without those that the running network has not."""
@@ -202,7 +237,7 @@ class _Watch(OpMode):
         outputs = self._units(labels[1]) if 1 in labels else np.full(shape[1], STAYS)
         if name == _CONVOLUTION:
             tensor, argument, bias, stride, padding, dilation, transposed, _, groups = args[:9]
-            if transposed:
+            if transposed or (groups > 1 and self._graph.whole_groups):  # its groups go with what they read
                 return None
             each = argument.dim() - 2
             stride, padding, dilation = (g * each if len(g) == 1 else g for g in (stride, padding, dilation))

@@ -6,12 +6,16 @@ for, or where the samples do not tell, nothing changes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import nn
 
 from archsearch.errors import UsageError
 from archsearch.graph import Selection, Units
+from archsearch.pruners.additions import Additions, Part, raise_operand, values_at
 from archsearch.pruners.calibration import Grams, Matrix, first_images, membership
 from archsearch.pruners.pruner import Context
 from archsearch.pruners.reading import Reading, Run, watch
@@ -95,6 +99,9 @@ def refit_readers(
     al., ICCV 2017, sections 3.1 and 3.2). The small network runs once: each layer is fitted just before it
     computes.
 
+    A layer at the end of a residual branch is fitted where it is added to the shortcut: the sum becomes what
+    it is in the reference, so that the layer makes up for what the shortcut misses, too (section 3.3).
+
     Args:
         context: The reference.
         selection: The kept units.
@@ -103,25 +110,97 @@ def refit_readers(
         ridge: See ``least_change``.
     """
     batch = first_images(context, images)
-    draw = torch.Generator().manual_seed(context.seed)
-    kept = context.graph.kept_units(selection)
-    targets: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    noted = _Noted(context, selection, places * len(batch))
+    alone = watch(context.model, context.graph, batch, noted.note, follow=noted.additions.follow)
+    fit = _Fit({number: noted.targets[number] for number in alone}, noted.shortcuts, ridge)
+    small = shrink(context.model, context.graph, selection)
+    watch(small, context.graph, batch, fit.see, selection, fit.additions.follow)
+    fit.finish()
+    return small
 
-    def note(reading: Reading, run: Run) -> torch.Tensor:
+
+@dataclass(frozen=True)
+class _Target:
+    """What a layer of the reference gives at some places: the kept channels, ``(R, C_out)``."""
+
+    places: torch.Tensor
+    values: torch.Tensor
+
+
+class _Noted:
+    """What the layers of the reference give, and what they are added to.
+
+    Args:
+        context: The reference.
+        selection: Whose channels are noted.
+        count: Places of each layer.
+    """
+
+    def __init__(self, context: Context, selection: Selection, count: int) -> None:
+        self._draw = torch.Generator().manual_seed(context.seed)
+        self._kept, self._count = context.graph.kept_units(selection), count
+        self._shortcuts: dict[int, torch.Tensor] = {}
+        self.targets: dict[int, _Target] = {}
+        self.additions = Additions(self._meet)
+
+    @property
+    def shortcuts(self) -> dict[int, torch.Tensor]:
+        """The values that are added to a layer's output alone, at its places."""
+        return {n: values for n, values in self._shortcuts.items() if n not in self.additions.shared}
+
+    def note(self, reading: Reading, run: Run) -> torch.Tensor:
         out = run()
-        at = reading.places(places * len(batch), draw)
-        targets[reading.number] = at, reading.results(out, at)[:, torch.from_numpy(kept[reading.outputs])]
+        at = reading.places(self._count, self._draw)
+        self.targets[reading.number] = _Target(at, self._of_kept(reading, reading.results(out, at)))
+        self.additions.begin(reading, out)
         return out
 
-    def fit(reading: Reading, run: Run) -> torch.Tensor:
-        if reading.number in alone:
-            fit_weight(reading, *targets.pop(reading.number), ridge)
+    def _meet(self, part: Part, operand: torch.Tensor, other: torch.Tensor) -> None:
+        at = self.targets[part.reading.number].places
+        values = values_at(part.reading, other, at)
+        self._shortcuts[part.reading.number] = self._of_kept(part.reading, values)
+
+    def _of_kept(self, reading: Reading, values: torch.Tensor) -> torch.Tensor:
+        return values[:, torch.from_numpy(self._kept[reading.outputs])]
+
+
+class _Fit:
+    """Fit the layers of the small network while it runs."""
+
+    def __init__(
+        self, targets: Mapping[int, _Target], shortcuts: Mapping[int, torch.Tensor], ridge: float
+    ) -> None:
+        self._targets, self._shortcuts, self._ridge = dict(targets), shortcuts, ridge
+        self._waiting: dict[int, tuple[Reading, Run, torch.Tensor]] = {}
+        self.additions = Additions(self._meet)
+
+    def see(self, reading: Reading, run: Run) -> torch.Tensor:
+        if reading.number in self._targets:
+            if reading.number not in self._shortcuts:
+                self._fit(reading, self._targets[reading.number].values)
+            out = run()
+            if reading.number in self._shortcuts:
+                self._waiting[reading.number] = reading, run, out
+                self.additions.begin(reading, out)
+            return out
         return run()
 
-    alone = watch(context.model, context.graph, batch, note)
-    small = shrink(context.model, context.graph, selection)
-    watch(small, context.graph, batch, fit, selection)
-    return small
+    def finish(self) -> None:
+        """Fit what has met no shortcut, since that branch of the network is gone."""
+        for number, (reading, _, _) in self._waiting.items():
+            self._fit(reading, self._targets[number].values)
+
+    def _meet(self, part: Part, operand: torch.Tensor, other: torch.Tensor) -> None:
+        number = part.reading.number
+        reading, run, before = self._waiting.pop(number)
+        target = self._targets[number]
+        missing = self._shortcuts[number] - values_at(part.reading, other, target.places)
+        missing = torch.where(part.scale != 0, missing / part.scale, 0.0)
+        self._fit(reading, target.values + missing)
+        raise_operand(part, operand, run() - before)
+
+    def _fit(self, reading: Reading, values: torch.Tensor) -> None:
+        fit_weight(reading, self._targets[reading.number].places, values, self._ridge)
 
 
 def fit_weight(reading: Reading, places: torch.Tensor, target: torch.Tensor, ridge: float) -> None:

@@ -18,8 +18,10 @@ from typing import ClassVar
 import numpy as np
 from torch import nn
 
+from archsearch.allocation import Curves
 from archsearch.graph import Selection
-from archsearch.pruners.calibration import Matrix, all_filters, contribution_grams, in_total
+from archsearch.pruners.calibration import Grams, Matrix, all_filters, contribution_grams, in_total
+from archsearch.pruners.curves import of_grams
 from archsearch.pruners.pruner import PRUNERS, Context, Need, Scores
 from archsearch.pruners.reconstruction import check_sampling, refit_readers
 
@@ -71,14 +73,20 @@ class Regression:
 
     def score(self, context: Context) -> Scores:
         """Return the penalty at which each unit enters; a group that no layer reads stays as it is."""
-        every = contribution_grams(context, self.images, self.places, all_filters)
         return {
             name: entry_penalties(in_total(grams).matrix)
             if grams
             else np.full(context.graph.groups[name].size, np.inf)
-            for name, grams in every.items()
+            for name, grams in self._grams(context).items()
         }
+
+    def curves(self, context: Context, scores: Scores) -> Curves:
+        """Return the error that least squares on the kept contributions leaves."""
+        return of_grams(self._grams(context), scores, refit=True)
 
     def inherit(self, context: Context, selection: Selection) -> nn.Module:
         """Return the small network, the layers fitted one after the other to the reference's outputs."""
         return refit_readers(context, selection, self.images, self.places, self.ridge)
+
+    def _grams(self, context: Context) -> Grams:
+        return contribution_grams(context, self.images, self.places, all_filters)

@@ -6,12 +6,16 @@ import itertools
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from archsearch.allocation import Curves
 from archsearch.errors import UsageError
+from archsearch.pruners.curves import best_first
 from archsearch.pruners.filters import rows_of
 from archsearch.pruners.pruner import PRUNERS, Context, Need, Scores
 from archsearch.tracing import output_tensors, untouched
@@ -47,18 +51,30 @@ class Taylor:
         Raises:
             UsageError: If the network's first output holds no class scores, ``(N, classes)``.
         """
+        return {name: np.square(changes).mean(0) for name, changes in self._unit_changes(context).items()}
+
+    def curves(self, context: Context, scores: Scores) -> Curves:
+        """Return the same for all dropped units together: their changes add up before they are squared."""
+        found = {}
+        for name, changes in self._unit_changes(context).items():
+            worst_last = changes[:, best_first(scores[name])]
+            dropped = np.square(worst_last[:, ::-1].cumsum(1)).mean(0)
+            found[name] = np.concatenate([[0.0], dropped])[::-1]
+        return found
+
+    def _unit_changes(self, context: Context) -> dict[str, npt.NDArray[np.float64]]:
+        """Return each unit's first-order change of the loss on each batch, ``(B, size)``."""
         graph = context.graph
-        totals = {name: torch.zeros(group.size, dtype=torch.float64) for name, group in graph.groups.items()}
-        batches = list(itertools.islice(context.calibration(), self.batches))
-        for images, labels in batches:
+        found: dict[str, list[npt.NDArray[np.float64]]] = {name: [] for name in graph.groups}
+        for images, labels in itertools.islice(context.calibration(), self.batches):
             changes = _changes(context.model, images, labels)
             for name, group in graph.groups.items():
                 change = torch.zeros(group.size, dtype=torch.float64)
                 for member in group.members:
                     if member.tensor in changes:
                         change += rows_of(changes, graph, group, member).sum(1, dtype=torch.float64).cpu()
-                totals[name] += change.square()
-        return {name: (total / len(batches)).numpy() for name, total in totals.items()}
+                found[name].append(change.numpy())
+        return {name: np.stack(changes) for name, changes in found.items()}
 
 
 def _changes(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -15,9 +15,11 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
+from archsearch.allocation import Curves
 from archsearch.errors import UsageError
 from archsearch.graph import Selection
 from archsearch.pruners.calibration import Grams, contribution_grams, in_total, one_filter_a_place
+from archsearch.pruners.curves import of_grams
 from archsearch.pruners.pruner import PRUNERS, Context, Need, Scores
 from archsearch.pruners.reconstruction import check_sampling, scale_kept
 
@@ -101,6 +103,10 @@ class ThiNet:
                 order = removal_order(gram) if self.variant == "removal" else addition_order(gram)[::-1]
                 scores[name][order] = np.arange(size) / size
         return scores
+
+    def curves(self, context: Context, scores: Scores) -> Curves:
+        """Return the error of the next layers along the greedy path, as each variant measures it."""
+        return of_grams(self._grams(context), scores, refit=self.variant == "addition")
 
     def inherit(self, context: Context, selection: Selection) -> nn.Module:
         """Return the small network, with a factor on each channel that a layer reads, by least squares."""

@@ -77,6 +77,7 @@ def train(
     penalty: Penalty | None = None,
     checkpoint_every_s: float = 300.0,
     identity: Mapping[str, Any] | None = None,
+    start_step: int = 0,
 ) -> TrainResult:
     """Train a network in place and return it with its history. The test set is the caller's business.
 
@@ -96,9 +97,13 @@ def train(
         checkpoint_every_s: Seconds between checkpoints inside an epoch; its end always writes one.
         identity: What else decides the result, such as the data's fingerprint, as plain values; a directory
             made with another one is refused.
+        start_step: Step at which to start: schedule and order of the images are those of the full training
+            from there, the network's weights are taken for those at that step, and the optimiser starts
+            afresh, without momentum.
 
     Raises:
-        UsageError: If the device is absent, the data empty or the precision impossible on the device.
+        UsageError: If the device is absent, the data empty, the precision impossible on the device, or there
+            is no such step to start at.
         IntegrityError: If the directory was made by another training, or all its checkpoints are damaged.
         StorageError: If another process trains in the directory.
         ResourceError: If the directory cannot be written or is too small.
@@ -117,13 +122,21 @@ def train(
         batches = data_train.num_batches(per_process, world_size=accelerator.num_processes)
         if batches == 0:
             raise UsageError("training: the training split holds no image; give one with data")
-        state = State(model, recipe.epochs, batches, accelerator.is_main_process)
+        if not 0 <= start_step < recipe.epochs * batches:
+            raise UsageError(
+                f"training: cannot start at step {start_step}; it has the steps 0 to "
+                f"{recipe.epochs * batches - 1}, {batches} an epoch"
+            )
+        state = State(
+            model, recipe.epochs, batches, accelerator.is_main_process, *divmod(start_step, batches)
+        )
 
         folder = None
         if directory is not None:
             folder = TrainingDirectory(directory, is_main=state.is_main)
             facts = describe(model, recipe, seed, accelerator.device, accelerator.num_processes)
             facts |= {"training images": len(data_train), "validation images": len(data_validation)}
+            facts |= {"start step": start_step} if start_step else {}
             folder.claim(stack, {**facts, **(identity or {})}, _checkpoints_bytes(model))
             if (finished := folder.result()) is not None:
                 restore_module(model, finished[1], directory)

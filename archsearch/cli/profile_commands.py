@@ -1,0 +1,153 @@
+"""The command ``profile``: its options, and what it does with them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from archsearch.cli.latency_commands import runtime_options
+from archsearch.cli.options import model_options
+from archsearch.cli.output import say, show_result
+from archsearch.cli.values import traced_model
+from archsearch.errors import UsageError
+
+
+def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
+    """Add the command to those of the parser."""
+    profile = commands.add_parser(
+        "profile",
+        help="measure a table that predicts a network's latency on this device",
+        description="Find the channel quantum of this device, measure a table of layers and a few whole "
+        "networks,\nand say how well their latency is predicted. The same command goes on where it stopped.",
+    )
+    model_options(profile)
+    runtime_options(profile)
+    effort = profile.add_argument_group("effort")
+    effort.add_argument("--max-seconds", type=float, metavar="S", help="as many cells as there is time for")
+    effort.add_argument(
+        "--max-cells", type=int, default=300, metavar="N", help="layers to measure (%(default)s)"
+    )
+    effort.add_argument(
+        "--calibration", type=int, default=20, metavar="N", help="networks to calibrate with (%(default)s)"
+    )
+    effort.add_argument(
+        "--held-out", type=int, default=20, metavar="N", help="networks to test with (%(default)s)"
+    )
+    effort.add_argument(
+        "--round-to", type=int, metavar="N", help="channels are multiples of N (the quantum that is found)"
+    )
+    effort.add_argument("--seed", type=int, default=0, metavar="N", help="of the networks (%(default)s)")
+    profile.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="the table, such as dev.lat.json"
+    )
+
+
+def run_profile(options: argparse.Namespace) -> None:
+    """Measure a table, write it, and say what it is worth."""
+    if options.model is None:
+        raise UsageError("give --model NAME")
+    from archsearch import files
+    from archsearch.latency.accuracy import assess
+    from archsearch.latency.meter import Settings
+    from archsearch.latency.profile import Profile
+    from archsearch.space import Bounds, SearchSpace
+    from archsearch.training.evaluation import resolve_device
+
+    settings = Settings(
+        runtime=options.runtime,
+        device=str(resolve_device(options.device)),
+        dtype=options.dtype,
+        batch=options.batch,
+        threads=options.threads,
+        channels_last=options.layout == "channels_last",
+        max_cells=options.max_cells,
+        calibration=options.calibration,
+        held_out=options.held_out,
+        round_to=options.round_to,
+        seed=options.seed,
+        max_seconds=options.max_seconds,
+        blocks=options.blocks,
+    )
+    files.probe(options.out.parent, 2**20)
+    traced = traced_model(options)
+    with _progress() as progress:
+        profile = Profile(
+            traced,
+            lambda quantum: SearchSpace(Bounds(round_to=quantum)).allowed(traced.graph),
+            settings,
+            journal=options.out.with_name(f"{options.out.name}.part"),
+            say=say,
+            progress=progress,
+        )
+        table = profile.run()
+    table.write(options.out)
+    profile.finish()
+    show_result(accuracy_table(assess(table), table.quantum, table.reference_ms))
+    for line in verdict(assess(table)):
+        show_result(line)
+    show_result(f"wrote {options.out}")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Show a bar for each part on standard error, and nothing where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    with Progress(
+        *Progress.get_default_columns()[:2],
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    ) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(f"{what}s", total=total)
+            bars.update(tasks[what], completed=done)
+
+        yield show
+
+
+def accuracy_table(report: Any, quantum: int, reference_ms: float) -> Any:
+    """Return what people read of a report."""
+    from rich.table import Table
+
+    networks = f"{report.table.networks} held-out networks"
+    table = Table(title=f"{networks}; quantum {quantum}; reference {reference_ms:.3f} ms")
+    for column in ("prediction", "MAPE %", "worst %", "within 5 %", "within 10 %", "Spearman", "Kendall"):
+        table.add_column(column)
+    table.add_column("Spearman at equal MACs")
+    for name, found in {"latency table": report.table, **report.others}.items():
+        table.add_row(
+            name,
+            f"{100 * found.mape:.1f}",
+            f"{100 * found.worst:.1f}",
+            f"{found.within_5:.2f}",
+            f"{found.within_10:.2f}",
+            f"{found.spearman:.3f}",
+            f"{found.kendall:.3f}",
+            f"{found.spearman_equal_macs:.3f}",
+        )
+    return table
+
+
+def verdict(report: Any) -> list[str]:
+    """Return whether a table is good enough, and why not."""
+    lines = [
+        f"noise: a network measured twice differs by {report.noise:.1%}",
+        f"spread of the latencies at equal MACs: {report.equal_spread:.1%}",
+        f"in their 90 % interval: {report.table.coverage:.0%} of the held-out networks",
+    ]
+    if not report.complaints:
+        return [*lines, "the table is good enough to search with"]
+    return [*lines, *(f"not good enough: {complaint}" for complaint in report.complaints)]
+
+
+COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = {"profile": run_profile}

@@ -1,0 +1,1 @@
+"""Deep Compression: prune, share weights, code them; a file that decodes to the very weights."""

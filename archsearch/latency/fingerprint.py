@@ -1,0 +1,68 @@
+"""What a latency belongs to: change any of it and the number is another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from archsearch.latency.devices import Device, opened
+from archsearch.latency.runtimes import RUNTIMES
+from archsearch.tracing import output_tensors
+
+
+def fingerprint(
+    runtime: str,
+    device: str | Device = "cpu",
+    dtype: str = "float32",
+    *,
+    example: Any = None,
+    channels_last: bool = True,
+    threads: int = 1,
+) -> dict[str, Any]:
+    """Return device, runtime and conditions of a measurement, as plain values.
+
+    Args:
+        runtime: What runs the network.
+        device: Where.
+        dtype: Of weights and inputs.
+        example: The input, whose shapes are written down with their batch.
+        channels_last: Whether channels are the innermost dimension; a runtime with its own layout says so.
+        threads: Of the CPU.
+
+    Raises:
+        UsageError: If the runtime or the device is unknown.
+    """
+    kind = RUNTIMES[runtime]
+    layout = "channels_last" if channels_last else "contiguous"
+    shapes = [list(tensor.shape) for tensor in output_tensors(example)]
+    return {
+        **opened(device).facts(),
+        "runtime": runtime,
+        "runtime_version": {package: installed(package) for package in kind.distributions},
+        "torch": torch.__version__,
+        "dtype": dtype,
+        "layout": "the runtime's own" if kind.own_layout else layout,
+        "batch": shapes[0][0] if shapes and shapes[0] else None,
+        "input_shapes": shapes,
+        "threads": threads,
+    }
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Return in words what two fingerprints do not share; empty where they are the same."""
+    return [
+        f"{name}: {one.get(name)} and {other.get(name)}"
+        for name in sorted({*one, *other})
+        if one.get(name) != other.get(name)
+    ]
+
+
+def installed(distribution: str) -> str | None:
+    """Return the version of an installed distribution; ``None`` where it is not."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,129 @@
+"""How a profile measures: its settings, and what prepares and times the networks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+from torch import nn
+
+from archsearch.errors import UsageError
+from archsearch.latency import measure
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure and how.
+
+    Attributes:
+        runtime: What runs the networks.
+        device: Where.
+        dtype: Of weights and inputs.
+        batch: Examples at once.
+        threads: Of the CPU.
+        channels_last: Whether channels are innermost in memory.
+        max_cells: Cells at most, those of the probes among them.
+        calibration: Networks that the correction is fitted on.
+        held_out: Networks to test with, half of them of equal MACs.
+        equal_keep: Share of the MACs that these keep.
+        round_to: Multiples of channels to make the table for; ``None`` takes the quantum that is found.
+        seed: Of the networks' widths.
+        max_seconds: Of the whole profile, to prepare and to measure; ``None`` is as long as it takes.
+        blocks: Timed blocks of each cell and each network.
+    """
+
+    runtime: str = "torch"
+    device: str = "cpu"
+    dtype: str = "float32"
+    batch: int = 1
+    threads: int = 1
+    channels_last: bool = True
+    max_cells: int = 300
+    calibration: int = 20
+    held_out: int = 20
+    equal_keep: float = 0.5
+    round_to: int | None = None
+    seed: int = 0
+    max_seconds: float | None = None
+    blocks: int = 10
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("batch", 1),
+            ("threads", 1),
+            ("max_cells", 1),
+            ("calibration", 8),
+            ("held_out", 10),
+        ):
+            if getattr(self, name) < least:
+                raise UsageError(f"{name} {getattr(self, name)}: at least {least}")
+
+    @property
+    def cells(self) -> measure.Protocol:
+        """How long a cell is measured."""
+        return measure.Protocol(
+            warm_up_s=0.01,
+            warm_up_calls=5,
+            blocks=self.blocks,
+            block_s=0.005,
+            max_s=2.0,
+            threads=self.threads,
+        )
+
+    @property
+    def networks(self) -> measure.Protocol:
+        """How long a network is."""
+        return measure.Protocol(
+            warm_up_s=0.1, warm_up_calls=5, blocks=self.blocks, block_s=0.04, max_s=5.0, threads=self.threads
+        )
+
+
+Made: TypeAlias = tuple[nn.Module, Any]
+"""A network and its input."""
+
+
+class Meter(Protocol):
+    """What prepares and measures networks; the tests have one with a clock of its own."""
+
+    def prepare(self, model: nn.Module, example: Any) -> Any:
+        """Return a call that runs a network."""
+        ...
+
+    def measure(self, calls: Sequence[Any], protocol: measure.Protocol) -> list[tuple[float, ...]]:
+        """Return the milliseconds of a call in each block, the blocks of the calls taking turns."""
+        ...
+
+    def seconds(self) -> float:
+        """Return a clock."""
+        ...
+
+
+class RuntimeMeter:
+    """Measure with a runtime on a device."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def prepare(self, model: nn.Module, example: Any) -> Any:
+        """Return a call that runs a network."""
+        chosen = self._settings
+        return measure.prepare(
+            model,
+            example,
+            chosen.runtime,
+            device=chosen.device,
+            dtype=chosen.dtype,
+            channels_last=chosen.channels_last,
+            threads=chosen.threads,
+        )
+
+    def measure(self, calls: Sequence[Any], protocol: measure.Protocol) -> list[tuple[float, ...]]:
+        """Return the milliseconds of a call in each block, the blocks of the calls taking turns."""
+        measured = measure.measure_interleaved(calls, protocol, self._settings.device)
+        return [one.milliseconds for one in measured]
+
+    def seconds(self) -> float:
+        """Return the host's clock."""
+        return time.monotonic()

@@ -1,0 +1,109 @@
+"""The channel quantum of a device: the multiples of channels that are worth having.
+
+Kernels work on blocks of channels, so that time over channels is a staircase, and a width between two steps
+costs as much as the next step, or more. A few narrow probes around 64 channels show where the steps are.
+
+The rule: the quantum is the largest ``q`` for which no kind of width between its multiples is clearly faster
+than the next multiple. The kinds are the odd multiples of ``q / 2``, of ``q / 4`` and so on: each must save
+less than a quarter of what its share of the channels promises. What a width promises is its distance to the
+next multiple of ``q`` times the mean slope of the curve; what it saves is how much faster than that one it
+is, and less than nothing where it is slower. (The smallest such ``q`` would always be 1.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from archsearch.latency.cells import DEPTHWISE, Frozen, Signature
+
+CANDIDATES = (2, 4, 8, 16, 32)
+
+TOP = 64
+"""Channels around which is probed."""
+
+PROBES = (32, 36, 40, 44, 48, 50, 52, 54, 56, 57, 58, 59, 60, 61, 62, 63, TOP)
+"""Widths of every kind between the multiples of each candidate, and the next multiple of each of them."""
+
+WORTH = 0.25
+"""Widths are worth having if they save this share of what they promise."""
+
+FLAT = 0.1
+"""Half of the channels save at least this share of the time, or the channels do not matter."""
+
+
+class Staircase(Frozen):
+    """Time over channels of one kind of layer.
+
+    Attributes:
+        op: What was probed, such as ``3x3``.
+        axis: Whether the channels are those that are read or made.
+        layers: How many layers of the network are such.
+        channels: Rising; ``PROBES``.
+        ms: At each of them.
+    """
+
+    op: str
+    axis: str
+    layers: int
+    channels: tuple[int, ...]
+    ms: tuple[float, ...]
+
+    @property
+    def slope(self) -> float:
+        """Milliseconds a channel on average, from the fewest probed to the most."""
+        return (self.ms[-1] - self.ms[0]) / (self.channels[-1] - self.channels[0])
+
+    @property
+    def flat(self) -> bool:
+        """Whether the channels hardly matter, because something else takes the time."""
+        return self.slope * self.channels[-1] / 2 < FLAT * self.ms[-1]
+
+    def saving(self, quantum: int, part: int) -> float:
+        """Return what the odd multiples of a part of a quantum save, as a share of what they promise."""
+        at = dict(zip(self.channels, self.ms, strict=True))
+        saved = promised = 0.0
+        for width in self.channels:
+            above = -(-width // quantum) * quantum
+            if width % (2 * part) == part and above in at:
+                saved += at[above] - at[width]
+                promised += self.slope * (above - width)
+        return saved / promised
+
+    @property
+    def quantum(self) -> int:
+        """The quantum of this kind of layer alone; 1 where the channels hardly matter."""
+        return find_quantum([self])
+
+
+def find_quantum(staircases: Sequence[Staircase]) -> int:
+    """Return the quantum by the rule above, at most 32.
+
+    The savings of the kinds of layers are averaged by how many layers there are of each. Kinds whose channels
+    hardly matter have no say; 1 if all are such.
+    """
+    known = [staircase for staircase in staircases if not staircase.flat]
+    layers = sum(staircase.layers for staircase in known)
+
+    def saving(quantum: int, part: int) -> float:
+        return sum(staircase.layers * staircase.saving(quantum, part) for staircase in known) / layers
+
+    for quantum in reversed(CANDIDATES) if known else ():
+        parts = [part for part in (1, *CANDIDATES) if part < quantum]
+        if all(saving(quantum, part) < WORTH for part in parts):
+            return quantum
+    return 1
+
+
+def steps_of(signature: Signature, staircases: Sequence[Staircase], quantum: int) -> tuple[int, int]:
+    """Return the step of a layer's time along the channels that it reads, and along those that it makes.
+
+    Args:
+        signature: Of the layer.
+        staircases: That were probed.
+        quantum: Taken for kinds of layers that were not probed.
+    """
+    if signature.groups not in (1, DEPTHWISE) or signature.multiplier > 1:
+        return 1, 1  # its channels come in multiples of their own
+    own = {curve.axis: curve.quantum for curve in staircases if curve.op == signature.op}
+    reads = 1 if signature.groups == DEPTHWISE else own.get("reads", quantum)
+    return reads, own.get("makes", quantum)

@@ -1,0 +1,87 @@
+"""Networks to calibrate and to test a table with: random widths, of any size or of equal MACs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Integers = npt.NDArray[np.int64]
+
+SMALLEST_KEEP = 0.2
+SCATTER = 0.2
+"""Standard deviation of the groups' shares around the network's."""
+
+EQUAL = 0.02
+"""Relative difference up to which MACs are called equal."""
+
+DRAWS = 200
+
+
+def random_widths(steps: Sequence[Integers], count: int, generator: np.random.Generator) -> Integers:
+    """Return distinct random widths, ``(count, G)`` or fewer where there are no more.
+
+    Each network has a mean share that it keeps, drawn evenly, so that small and large ones are as frequent.
+
+    Args:
+        steps: The widths that each group may have, rising.
+        count: How many.
+        generator: Of the draws.
+    """
+    found: dict[tuple[int, ...], None] = {}
+    for _ in range(DRAWS * count):
+        if len(found) == count:
+            break
+        mean = generator.uniform(SMALLEST_KEEP, 1)
+        shares = generator.normal(mean, SCATTER, len(steps)).clip(0, 1)
+        found[tuple(_nearest(steps, shares))] = None
+    return np.array(list(found), dtype=np.int64).reshape(-1, len(steps))
+
+
+def equal_macs_widths(
+    steps: Sequence[Integers],
+    macs: Callable[[Integers], Integers],
+    target: int,
+    count: int,
+    generator: np.random.Generator,
+) -> Integers:
+    """Return distinct random widths of nearly equal MACs, ``(count, G)`` or fewer where there are no more.
+
+    Args:
+        steps: The widths that each group may have, rising.
+        macs: Of widths.
+        target: Their MACs, to within 2 %.
+        count: How many.
+        generator: Of the draws.
+    """
+    found: dict[tuple[int, ...], None] = {}
+    for _ in range(DRAWS * count):
+        if len(found) == count:
+            break
+        shares = generator.uniform(SMALLEST_KEEP, 1, len(steps))
+        low, high = 0.0, 1 / SMALLEST_KEEP
+        for _ in range(20):
+            middle = (low + high) / 2
+            if macs(_nearest(steps, np.minimum(shares * middle, 1))) <= target:
+                low = middle
+            else:
+                high = middle
+        widths = _nearest(steps, np.minimum(shares * low, 1))
+        for group in generator.permutation(len(steps)):
+            wider = widths.copy()
+            above = steps[group][steps[group] > widths[group]]
+            if len(above):
+                wider[group] = above[0]
+                if macs(wider) <= target:
+                    widths = wider
+        if abs(int(macs(widths)) - target) <= EQUAL * target:
+            found[tuple(widths)] = None
+    return np.array(list(found), dtype=np.int64).reshape(-1, len(steps))
+
+
+def _nearest(steps: Sequence[Integers], shares: npt.NDArray[np.float64]) -> Integers:
+    """Return the width of each group nearest to a share of its largest, ``(G,)``."""
+    return np.array(
+        [step[np.abs(step - share * step[-1]).argmin()] for step, share in zip(steps, shares, strict=True)]
+    )

@@ -1,0 +1,1 @@
+"""Single weights instead of channels: masks, what decides them, and training under them."""

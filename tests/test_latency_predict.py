@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from archsearch.errors import UsageError
+from archsearch.latency.boundary import Boundary
+from archsearch.latency.cells import Cell, Form, Layer, Signature
+from archsearch.latency.predict import Correction, Features, Knots, Predictor, reachable
+from archsearch.latency.quantum import PROBES, Staircase, find_quantum, steps_of
+
+CONV = Signature(kind="conv", size=(4, 4), kernel=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1))
+WIDTHS = {"a": np.array([8, 16]), "b": np.array([8, 16, 24])}
+LAYERS = (
+    Layer(name="first", signature=CONV, reads=Form(constant=3), makes=Form(constant=0, groups={"a": 1})),
+    Layer(name="second", signature=CONV, reads=Form(constant=0, groups={"a": 1}),
+          makes=Form(constant=8, groups={"b": 2})),
+)  # fmt: skip
+
+
+def features(knots: Knots | None = None) -> Features:
+    channels = np.array([3, 8, 16, 24, 40, 56])
+    default = Knots(channels, channels, np.add.outer(channels * 1.0, channels * 100.0))
+    return Features(LAYERS, WIDTHS, {CONV: knots or default})
+
+
+def test_the_sum_of_the_cells_is_looked_up() -> None:
+    # first: 3 read, 16 made; second: 16 read, 8 + 2 * 24 made
+    found = features().of(np.array([[16, 24]]))[0]
+    assert found.tolist() == [
+        (3 + 1600) + (16 + 5600),
+        16 * (16 + 56),  # pixels times what is made
+        16 * (3 + 16),
+        9 * (3 * 16 + 16 * 56),
+    ]
+
+
+def test_macs_are_those_of_the_layers() -> None:
+    assert features().macs(np.array([[16, 24]])).tolist() == [16 * 9 * (3 * 16 + 16 * 56)]
+
+
+def test_a_layer_without_channels_takes_no_time() -> None:
+    assert features().of(np.array([[0, 8]]))[0].tolist() == [0, 0, 0, 0]
+
+
+def test_between_measured_points_is_a_line_and_on_a_step_its_end() -> None:
+    knots = Knots(np.array([16, 32]), np.array([8, 24]), np.array([[1.0, 2.0], [3.0, 4.0]]), (16, 8))
+    found = knots.at(np.array([9, 16, 17, 32]), np.array([8, 9, 16, 24]))
+    assert found[1].tolist() == [1.0, 1.5, 1.5, 2.0]
+    assert found[:, 0].tolist() == [1.0, 1.0, 3.0, 3.0]
+
+
+def test_a_width_that_was_not_measured_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"no width 12 of the group 'b', but 8, 16, 24: give --round-to"):
+        features().check(np.array([[8, 8], [8, 12]]))
+    with pytest.raises(UsageError, match="no width 99"):
+        features().check(np.array([[99, 8]]))
+    with pytest.raises(UsageError, match="no width -8"):
+        features().check(np.array([[-8, 8]]))
+
+
+def test_reachable_channels_are_all_sums() -> None:
+    form = Form(constant=1, groups={"a": 1, "b": 2})
+    expected = {1 + a + 2 * b for a in (8, 16) for b in (8, 16, 24)}
+    assert reachable(form, WIDTHS).tolist() == sorted(expected)
+
+
+def test_sums_beyond_all_measure_are_refused() -> None:
+    many = {f"g{number}": np.arange(1, 4096) for number in range(8)}
+    form = Form(constant=0, groups={name: 4**number for number, name in enumerate(many)})
+    with pytest.raises(UsageError, match="sums are possible"):
+        reachable(form, many)
+
+
+def test_the_correction_finds_what_it_was_made_of() -> None:
+    generator = np.random.default_rng(0)
+    columns = generator.uniform(1, 2, (20, 4))
+    found = Correction.fit(columns, columns @ [0.9, 0.0, 0.2, 0.1] + 0.5)
+    assert found.coefficients == pytest.approx([0.9, 0.0, 0.2, 0.1], abs=1e-6)
+    assert found.constant_ms == pytest.approx(0.5, abs=1e-6)
+    assert found.margin == pytest.approx(0, abs=1e-6)
+
+
+def test_no_coefficient_is_negative() -> None:
+    columns = np.random.default_rng(0).uniform(1, 2, (20, 2))
+    found = Correction.fit(columns, 3 - columns[:, 0] + columns[:, 1])
+    assert found.coefficients.min() >= 0
+    assert found.constant_ms >= 0
+
+
+def test_the_interval_holds_as_many_new_networks_as_it_says() -> None:
+    generator = np.random.default_rng(1)
+    inside = []
+    for _ in range(100):
+        columns = generator.uniform(1, 4, (40, 2))
+        ms = (columns @ [1.0, 0.3] + 0.2) * np.exp(generator.normal(0, 0.04, 40))
+        fit = Correction.fit(columns[:20], ms[:20])
+        predicted = columns[20:] @ fit.coefficients + fit.constant_ms
+        inside.append(np.abs(ms[20:] / predicted - 1) <= fit.margin)
+    assert 0.87 <= np.mean(inside) <= 0.94
+
+
+def test_too_few_networks_are_refused() -> None:
+    with pytest.raises(UsageError, match="5 calibration networks: at least 6"):
+        Correction.fit(np.ones((5, 2)), np.ones(5))
+
+
+def test_what_is_added_by_one_more_layer_is_its_time_inside() -> None:
+    cells = {Cell(0, 8, 8): 100, Cell(0, 16, 16): 400}
+    inside = {Cell(0, 8, 8): 2.0, Cell(0, 16, 16): 5.0}
+    ms = {
+        (cell, repeat): 0.3 + 0.01 * cells[cell] + repeat * inside[cell]
+        for cell in cells
+        for repeat in (1, 3)
+    }
+    found = Boundary.fit(ms, cells)
+    assert (found.constant_ms, found.element_ms) == pytest.approx((0.3, 0.01))
+    for cell in cells:
+        assert found.inside(ms[cell, 1], cells[cell]) == pytest.approx(inside[cell])
+
+
+def test_without_repeated_cells_there_is_no_boundary() -> None:
+    assert Boundary.fit({(Cell(0, 8, 8), 1): 1.0}, {Cell(0, 8, 8): 10}) == Boundary()
+
+
+# --- a bound for the solver -----------------------------------------------------------------------------
+
+
+def falling() -> Predictor:
+    channels = np.array([3, 8, 16, 24, 40, 56])
+    ms = np.add.outer(channels * 1.0, channels * 100.0)
+    ms[:, 2] = 5000.0  # slower than the next wider ones
+    ms[3, :] *= 2
+    correction = Correction(np.array([1.0, 0.0, 1e-3, 0.0]), 1.0, 0.05, 15)
+    return Predictor(features(Knots(channels, channels, ms)), correction)
+
+
+widths = st.tuples(st.sampled_from([8, 16]), st.sampled_from([8, 16, 24]))
+
+
+@given(widths, widths)
+def test_more_channels_never_lower_the_bound(one: tuple[int, int], other: tuple[int, int]) -> None:
+    predictor = falling()
+    least, most = np.minimum(one, other), np.maximum(one, other)
+    assert predictor.upper_ns(least) <= predictor.upper_ns(most)
+
+
+@given(widths)
+def test_the_bound_is_never_below_the_interval(one: tuple[int, int]) -> None:
+    predictor = falling()
+    ms, low, high = predictor(np.array(one))
+    assert low <= ms <= high
+    assert predictor.upper_ns(np.array(one)) >= high * 1e6
+    assert predictor.upper_ns(np.array(one)).dtype == np.int64
+
+
+def test_predictions_keep_the_shape_of_the_candidates() -> None:
+    predictor = falling()
+    rows = np.array([[[8, 8], [16, 24]], [[16, 8], [8, 24]]])
+    ms, *_ = predictor(rows)
+    assert ms.shape == (2, 2)
+    assert ms[1, 0] == predictor(rows[1, 0])[0]
+
+
+def test_fifty_thousand_candidates_of_56_layers_take_less_than_a_second() -> None:
+    groups = {f"g{number}": np.arange(8, 65, 8) for number in range(28)}
+    names = list(groups)
+    layers = [
+        Layer(name=str(number), signature=CONV, reads=Form(constant=0, groups={names[number % 28]: 1}),
+              makes=Form(constant=0, groups={names[(number + 1) % 28]: 1}))
+        for number in range(56)
+    ]  # fmt: skip
+    channels = np.arange(8, 65, 8)
+    knots = Knots(channels, channels, np.multiply.outer(channels, channels) * 1e-3)
+    table = Features(layers, groups, {CONV: knots})
+    predictor = Predictor(table, Correction(np.array([1.0, 0, 0, 0]), 0.1, 0.01, 15))
+    candidates = 8 * np.random.default_rng(0).integers(1, 9, (50_000, 28))
+    predictor(candidates[:100])
+    began = time.process_time()
+    ms, *_ = predictor(candidates)
+    assert time.process_time() - began < 1
+    row = candidates[7]
+    slow = sum(row[number % 28] * row[(number + 1) % 28] for number in range(56)) * 1e-3 + 0.1
+    assert ms[7] == pytest.approx(slow)
+
+
+# --- the quantum ----------------------------------------------------------------------------------------
+
+
+def curve(ms: object, op: str = "3x3", axis: str = "makes", layers: int = 10) -> Staircase:
+    return Staircase(op=op, axis=axis, layers=layers, channels=PROBES, ms=tuple(map(float, ms)))  # type: ignore[call-overload]
+
+
+def stairs(step: int) -> list[int]:
+    return [10 + -(-width // step) * step for width in PROBES]
+
+
+@pytest.mark.parametrize("step", [1, 2, 4, 8, 16, 32])
+def test_the_quantum_is_the_step_of_the_stairs(step: int) -> None:
+    assert find_quantum([curve(stairs(step))]) == step
+
+
+def test_widths_that_are_slower_than_the_next_multiple_are_not_worth_having() -> None:
+    slower = [width * (1.5 if width % 8 else 1) for width in PROBES]
+    assert find_quantum([curve(slower)]) == 8
+
+
+@settings(deadline=None)
+@given(st.integers(0, 1000))
+def test_a_little_noise_does_not_hide_the_steps(seed: int) -> None:
+    noise = np.random.default_rng(seed).normal(1, 0.002, len(PROBES))
+    assert find_quantum([curve(stairs(8) * noise)]) == 8
+
+
+def test_kinds_of_layers_have_a_say_by_how_many_they_are() -> None:
+    stepped, smooth = curve(stairs(16), layers=90), curve(stairs(1), layers=10)
+    assert find_quantum([stepped, smooth]) == 16
+    assert find_quantum([curve(stairs(16), layers=10), curve(stairs(1), layers=90)]) == 1
+
+
+def test_where_channels_do_not_matter_nothing_is_a_step() -> None:
+    launch_bound = curve([100 + 0.01 * width for width in PROBES])
+    assert launch_bound.flat
+    assert find_quantum([launch_bound]) == 1
+    assert find_quantum([launch_bound, curve(stairs(8))]) == 8
+    assert find_quantum([]) == 1
+
+
+def test_each_axis_of_a_kind_of_layers_has_its_own_step() -> None:
+    known = [curve(stairs(16)), curve(stairs(1), axis="reads")]
+    assert steps_of(CONV, known, 4) == (1, 16)
+    assert steps_of(CONV, [], 4) == (4, 4)
+    assert steps_of(CONV.model_copy(update={"groups": 0}), known, 4) == (1, 4)
+    assert steps_of(CONV.model_copy(update={"groups": 8}), known, 4) == (1, 1)

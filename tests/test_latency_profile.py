@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from archsearch.cli.main import main
+from archsearch.errors import PreemptedError, UsageError
+from archsearch.latency.accuracy import assess, rank_correlation
+from archsearch.latency.cells import find_layers
+from archsearch.latency.knots import choose_knots
+from archsearch.latency.sampling import equal_macs_widths, random_widths
+from archsearch.latency.table import LatencyTable
+from archsearch.space import Bounds, SearchSpace
+from tests.latency_case import PaperDevice, profiled, traced
+
+NETWORK = traced()
+STEPS = [np.arange(8, size + 1, 8) for size in NETWORK.cost.sizes]
+
+
+@pytest.fixture(scope="module")
+def table() -> LatencyTable:
+    return profiled(NETWORK, PaperDevice(block=8), held_out=20).run()
+
+
+def test_a_device_without_noise_is_predicted_exactly(table: LatencyTable) -> None:
+    report = assess(table)
+    assert table.quantum == 8
+    assert report.table.worst < 1e-6
+    assert report.table.spearman > 0.99  # equal times are ties
+    assert report.noise == pytest.approx(0)
+    assert report.complaints == ()
+    assert report.others["MACs only"].worst > 0.01
+
+
+def test_the_reference_is_one_of_the_networks(table: LatencyTable) -> None:
+    ms, *_ = table.predict(table.sizes)
+    exact = PaperDevice(block=8).milliseconds(NETWORK.model.eval(), NETWORK.example)
+    assert table.reference_ms == pytest.approx(exact)
+    assert ms == pytest.approx(exact, rel=1e-6)
+
+
+def test_a_network_that_was_never_measured_is_predicted_from_its_layers(table: LatencyTable) -> None:
+    row = np.array([step[0] for step in STEPS])
+    widths = NETWORK.cost.mapping(row)
+    small = NETWORK.inherit({name: np.arange(width) for name, width in widths.items()})
+    exact = PaperDevice(block=8).milliseconds(small.eval(), NETWORK.example)
+    assert table.predict(row)[0] == pytest.approx(exact, rel=1e-6)
+
+
+def test_macs_of_the_table_are_those_of_the_cost_model(table: LatencyTable) -> None:
+    rows = np.stack([np.random.default_rng(0).choice(step, 10) for step in STEPS], axis=1)
+    assert table.macs(rows).tolist() == NETWORK.cost.macs(rows).tolist()
+
+
+def test_noise_and_drift_are_taken_out_by_the_reference_beside() -> None:
+    device = PaperDevice(block=8, noise=0.02, drift=1.02)
+    found = profiled(NETWORK, device, calibration=20, held_out=20).run()
+    report = assess(found)
+    assert device.speed > 1.3  # the device got slower by that much meanwhile
+    assert report.table.within_10 >= 0.95
+    assert report.table.mape < 0.02
+    widths, ms = found.networks("held-out")
+    assert rank_correlation(found.predict(widths)[0], ms) > 0.97
+
+
+def test_a_stopped_profile_goes_on_and_ends_alike(tmp_path: Path) -> None:
+    journal = tmp_path / "dev.lat.json.part"
+    device = PaperDevice(block=8)
+    whole = profiled(NETWORK, PaperDevice(block=8)).run()
+
+    def stop(what: str, done: int, total: int) -> None:
+        if what == "network" and done >= 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        profiled(NETWORK, device, journal=journal, progress=stop).run()
+    with journal.open("a") as file:
+        file.write('{"name": "network 1 2 3", "tim')  # the writer was killed
+    before = device.prepared
+    said: list[str] = []
+    profile = profiled(NETWORK, device, journal=journal, say=said.append)
+    resumed = profile.run()
+    assert "measurements are there already" in said[0]
+    assert device.prepared - before < 30  # the networks that were left, and the references
+    assert resumed.content.cells == whole.content.cells
+    assert resumed.content.networks == whole.content.networks
+    profile.finish()
+    assert not journal.exists()
+
+
+def test_a_journal_of_other_conditions_is_not_used(tmp_path: Path) -> None:
+    journal = tmp_path / "part"
+    profiled(NETWORK, PaperDevice(), journal=journal).run()
+    said: list[str] = []
+    profiled(NETWORK, PaperDevice(), journal=journal, batch=2, say=said.append).run()
+    assert not any("goes on" in line for line in said)
+
+
+def test_with_little_time_fewer_cells_are_measured() -> None:
+    rich = profiled(NETWORK, PaperDevice(block=1)).run()
+    said: list[str] = []
+    device = PaperDevice(block=1)
+    poor = profiled(NETWORK, device, max_seconds=30.0, say=said.append).run()
+    assert "as time allows in 30 s" in said[0]
+    assert len(poor.content.cells) < len(rich.content.cells)
+    assert device.now_s < 40
+    assert len(poor.content.networks) == len(rich.content.networks)
+
+
+def test_too_little_time_is_said_before_anything_is_measured() -> None:
+    device = PaperDevice()
+    with pytest.raises(UsageError, match="--max-seconds 1: 25 networks alone take about"):
+        profiled(NETWORK, device, max_seconds=1.0).run()
+    assert device.now_s < 2
+
+
+def test_a_device_that_is_slower_than_it_seemed_stops_and_can_go_on() -> None:
+    class Tiring(PaperDevice):
+        def measure(self, calls, protocol):  # type: ignore[no-untyped-def]
+            self.now_s += self.measured * 0.1
+            return super().measure(calls, protocol)
+
+    with pytest.raises(PreemptedError, match="the same command goes on"):
+        profiled(NETWORK, Tiring(), max_seconds=30.0).run()
+
+
+def test_the_grid_is_whole_where_the_cells_suffice() -> None:
+    layers = find_layers(NETWORK)
+    widths = SearchSpace(Bounds(round_to=8)).allowed(NETWORK.graph)
+    sizes = NETWORK.graph.sizes
+    coarse = {layer.signature: (16, 16) for layer in layers}
+    axes = choose_knots(layers, widths, sizes, coarse, 300)
+    assert {one.reads for one in axes} == {
+        (3, 8, 16),  # the first layer shares its signature with those of the first stage
+        (8, 16),
+        (24, 32),
+        (8, 16, 24, 32),
+        (56, 64),
+        tuple(range(8, 65, 8)),
+    }
+    assert {one.reads_step for one in axes} == {1}
+
+
+def test_a_grid_that_is_too_large_has_the_ends_of_the_steps() -> None:
+    layers = find_layers(NETWORK)
+    widths = SearchSpace(Bounds(round_to=1)).allowed(NETWORK.graph)
+    steps = {layer.signature: (16, 16) for layer in layers}
+    axes = choose_knots(layers, widths, NETWORK.graph.sizes, steps, 100)
+    cells = sum(len(one.reads) * len(one.makes) for one in axes)
+    assert cells <= 100
+    for one in axes:
+        assert all(channels % 16 == 0 for channels in one.reads[:-1] + one.makes[:-1])
+        assert one.makes[-1] in (10, 16, 32, 64)
+
+
+def test_equal_macs_are_equal() -> None:
+    target = NETWORK.cost.reference.macs // 2
+    rows = equal_macs_widths(STEPS, NETWORK.cost.macs, target, 10, np.random.default_rng(0))
+    assert len(np.unique(rows, axis=0)) == 10
+    assert np.abs(NETWORK.cost.macs(rows) / target - 1).max() <= 0.02
+
+
+def test_random_networks_are_distinct_and_of_all_sizes() -> None:
+    rows = random_widths(STEPS, 40, np.random.default_rng(0))
+    assert len(np.unique(rows, axis=0)) == 40
+    shares = NETWORK.cost.macs(rows) / NETWORK.cost.reference.macs
+    assert shares.min() < 0.3
+    assert shares.max() > 0.7
+    assert all(width in step for row in rows for width, step in zip(row, STEPS, strict=True))
+
+
+def test_a_network_too_small_for_a_table_is_refused() -> None:
+    with pytest.raises(UsageError, match="too small for a table"):
+        profiled(traced("lenet5", (1, 28, 28)), PaperDevice(), round_to=64).run()
+
+
+def test_a_bad_table_says_why() -> None:
+    found = profiled(NETWORK, PaperDevice(block=8, noise=2.0), calibration=20, held_out=20).run()
+    report = assess(found)
+    assert any("within 10 %" in complaint for complaint in report.complaints)
+    assert any("noisy" in complaint for complaint in report.complaints)
+
+
+@pytest.mark.slow
+def test_the_command_measures_a_real_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "dev.lat.json"
+    words = ["profile", "--model", "resnet20", "--input-shape", "3,16,16", "--max-cells", "60"]
+    words += ["--calibration", "12", "--held-out", "10", "--round-to", "8", "--out", str(out)]
+    assert main(words) == 0
+    told = capsys.readouterr()
+    assert "takes about" in told.err
+    for word in ("latency table", "MACs only", "sum of cells", "noise", f"wrote {out}"):
+        assert word in told.out
+    assert not list(tmp_path.glob("*.part"))
+    table = LatencyTable.read(out)
+    ms, low, high = table.predict(table.sizes)
+    assert low < ms < high
+    assert table.content.conditions.model == "resnet20"
+
+
+def test_the_command_wants_a_model() -> None:
+    assert main(["profile", "--out", "x.json"]) == 2
