@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from archsearch.cost import CostModel
-from archsearch.errors import InfeasibleError
+from archsearch.errors import InfeasibleError, UsageError
 from archsearch.knapsack import Count, Knapsack, filled
 from archsearch.registry import Registry
 from archsearch.space import Widths
@@ -260,7 +260,15 @@ def _fits(limits: Sequence[tuple[Count, int]], widths: npt.NDArray[np.int64]) ->
 
 
 def counter(cost: CostModel, resource: Resource) -> Count:
-    """Return what counts a resource at given widths."""
+    """Return what counts a resource at given widths.
+
+    Raises:
+        UsageError: If it is latency, and no table tells it.
+    """
+    if resource == "latency":
+        if cost.latency is None:
+            raise UsageError("--latency: nothing tells how long widths take: give --table FILE")
+        return cost.latency.upper_ns
     counts: dict[Resource, Count] = {
         "flops": cost.macs,
         "params": cost.params,
@@ -271,7 +279,14 @@ def counter(cost: CostModel, resource: Resource) -> Count:
 
 
 def _limit(cost: CostModel, target: Target) -> int:
-    return target.limit(int(counter(cost, target.resource)(cost.sizes)))
+    return target.limit(reference_count(cost, target.resource))
+
+
+def reference_count(cost: CostModel, resource: Resource) -> int:
+    """Return what the reference needs of a resource; its latency is the measured one, not the bound."""
+    if resource == "latency" and cost.latency is not None:
+        return cost.latency.reference_ns
+    return int(counter(cost, resource)(cost.sizes))
 
 
 _UNITS: Mapping[Resource, str] = {
@@ -279,6 +294,7 @@ _UNITS: Mapping[Resource, str] = {
     "params": "parameters",
     "memory": "bytes",
     "channels": "channels",
+    "latency": "nanoseconds",
 }
 
 
@@ -286,7 +302,7 @@ def _unreachable(cost: CostModel, widths: npt.NDArray[np.int64], targets: Sequen
     parts = []
     for target in targets:
         count = counter(cost, target.resource)
-        least, full = int(count(widths)), int(count(cost.sizes))
+        least, full = int(count(widths)), reference_count(cost, target.resource)
         if least > _limit(cost, target):
             unit = _UNITS[target.resource]
             parts.append(

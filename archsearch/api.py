@@ -13,17 +13,19 @@ from torch import nn
 from archsearch.data import DataSource, load_data
 from archsearch.errors import UsageError
 from archsearch.gathers import add_gathers
+from archsearch.latency.table import LatencyTable
 from archsearch.models import ModelSource, pretrained, resolve
+from archsearch.on_device import aimed, elsewhere, measured, note, predicted, verdict
 from archsearch.pipeline import Found
 from archsearch.pipeline import find as run_plan
 from archsearch.plan import Plan
 from archsearch.presets import PRESETS
 from archsearch.rebuild import Traced, trace_module, trace_source
 from archsearch.recipe import RECIPES, Recipe
-from archsearch.results import environment, recipe_facts
+from archsearch.results import Record, environment, recipe_facts
 from archsearch.space import SearchSpace
 from archsearch.targets import Resource, Target
-from archsearch.trainer import Say, Trainer, check_classes
+from archsearch.trainer import Say, Trainer, check_classes, is_main
 from archsearch.training.callbacks import Callback
 from archsearch.training.evaluation import resolve_device
 
@@ -40,6 +42,9 @@ def find(
     params: str | float | None = None,
     memory: str | float | None = None,
     channels: str | float | None = None,
+    latency: str | float | None = None,
+    table: str | Path | None = None,
+    other_device: bool = False,
     preset: str | None = None,
     method: str = "l1_norm",
     options: Mapping[str, Any] | None = None,
@@ -83,6 +88,9 @@ def find(
         params: Parameters that may stay, likewise.
         memory: Bytes of peak activation memory that may stay, likewise.
         channels: Channels of all prunable groups together that may stay, likewise.
+        latency: Latency on the device of the table, a share or a time, such as ``"1.2ms"``.
+        table: File that ``archsearch profile`` made on that device.
+        other_device: Whether it may be another one than this; what is found is then not measured.
         preset: Published widths, such as ``"resnet56-a"``, in place of a target.
         method: The pruner; ``archsearch list pruners``.
         options: Its hyper-parameters, such as ``{"strength": 1e-4}``; the others are as published.
@@ -129,6 +137,7 @@ def find(
         "params": params,
         "memory": memory,
         "channels": channels,
+        "latency": latency,
     }
     targets = [Target.parse(resource, text) for resource, text in asked.items() if text is not None]
     chosen = PRESETS[preset] if preset is not None else None
@@ -184,6 +193,18 @@ def find(
     if source_data is not None:
         check_classes(traced, source_data)
         trainer = Trainer(source_data, device, Path(store), say, callbacks)
+    if (latency is None) != (table is None):
+        raise UsageError("--latency and --table go together: the table says how long widths take")
+    timed = None
+    if table is not None:
+        timed = LatencyTable.read(table)
+        away = elsewhere(timed)
+        if away and not other_device:
+            raise UsageError(
+                f"{table} was measured elsewhere ({away}): profile this device, or give --other-device"
+            )
+        traced, aimed_space = aimed(traced, plan.space, timed)
+        plan = replace(plan, space=aimed_space)
     facts = {
         **(conditions or {}),
         "model": traced.name,
@@ -192,7 +213,7 @@ def find(
         "versions": environment(),
         "date": time.strftime("%Y-%m-%d"),
     }
-    return run_plan(
+    found = run_plan(
         traced,
         plan,
         trainer,
@@ -202,6 +223,19 @@ def find(
         conditions=facts,
         say=say,
     )
+    if timed is None:
+        return found
+    widths = {name: group.width for name, group in found.architecture.widths.items()}
+    seen = predicted(timed, widths)
+    path = Path(out) / "architecture.yaml" if out is not None else None
+    if path is not None and is_main():
+        if not away:
+            seen = measured(path, seen, trust_code=trust_code, say=say)
+        record = Record({**found.record.conditions, "latency": seen}, found.record.arms)
+        record.write(path.parent)
+        found = replace(found, architecture=note(path, seen), record=record)
+    say(verdict(seen, targets))
+    return found
 
 
 def published_weights(source: ModelSource, weights: str | None) -> str | None:

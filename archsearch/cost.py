@@ -8,7 +8,7 @@ MACs are the multiply-adds of convolutions, linear layers and attention, for the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeAlias
@@ -132,12 +132,26 @@ class Cost:
         return self.published_flops if published else self.macs
 
 
+@dataclass(frozen=True)
+class Latency:
+    """How long a network takes on some device, as far as a table tells.
+
+    Attributes:
+        upper_ns: Upper bound in nanoseconds at widths ``(..., G) -> (...)``; it never falls when widths grow.
+        reference_ns: What the reference takes, as measured.
+    """
+
+    upper_ns: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int64]]
+    reference_ns: int
+
+
 class CostModel:
     """The costs of a network as functions of its widths.
 
     Args:
         model: The traced model.
         graph: Its channel groups.
+        latency: Of the network on the device that it is for, if that is known.
 
     Attributes:
         names: The groups, in the order of the columns of every ``(..., G)`` array of widths.
@@ -145,7 +159,8 @@ class CostModel:
         branches: The columns of each residual branch that may vanish: all are 0, or none is.
     """
 
-    def __init__(self, model: nn.Module, graph: ChannelGraph) -> None:
+    def __init__(self, model: nn.Module, graph: ChannelGraph, latency: Latency | None = None) -> None:
+        self.latency = latency
         self.names: tuple[str, ...] = tuple(graph.groups)
         self.sizes = np.array([group.size for group in graph.groups.values()], dtype=np.int64)
         self._graph = graph

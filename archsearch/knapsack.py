@@ -305,7 +305,8 @@ def _best_by_budget(group: Integers, error: Floats, cost: Floats, budget: float)
         unit = float(np.gcd.reduce(extra.astype(np.int64)))
     unit = max(unit, budget / CELLS) or 1.0
     cells = int(budget / unit)
-    used = np.ceil(extra / unit - 1e-9).astype(np.int64)
+    # What is far beyond a tiny budget would be too many cells for an integer.
+    used = np.ceil(np.minimum(extra, budget + 2 * unit) / unit - 1e-9).astype(np.int64)
     least = np.zeros(cells + 1)  # the error of the groups so far within each budget
     taken = np.zeros((len(starts), cells + 1), dtype=np.int64)
     for number, (start, size) in enumerate(zip(starts, sizes, strict=True)):

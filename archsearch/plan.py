@@ -60,11 +60,13 @@ class Plan:
             raise UsageError(f"--seeds {self.seeds}: at least 1")
         if not self.targets and self.preset is None:
             raise UsageError(
-                "nothing says how small: give --flops, --params, --memory or --channels, or a --preset"
+                "nothing says how small: give --flops, --params, --memory, --channels or --latency, "
+                "or a --preset"
             )
         if self.targets and self.preset is not None:
             raise UsageError(
-                "a --preset has its own widths: leave out --flops, --params, --memory and --channels"
+                "a --preset has its own widths: leave out --flops, --params, --memory, --channels "
+                "and --latency"
             )
         if self.steps < 1 or self.recover < 1:
             raise UsageError(f"--steps {self.steps} --recover {self.recover}: both are at least 1")

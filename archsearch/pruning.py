@@ -10,7 +10,7 @@ from typing import TypeAlias
 import numpy as np
 from torch import nn
 
-from archsearch.allocation import allocate, counter, local, select, solve
+from archsearch.allocation import allocate, local, reference_count, select, solve
 from archsearch.branches import find_branches
 from archsearch.cost import CostModel
 from archsearch.errors import ArchsearchError
@@ -98,7 +98,7 @@ def prune(
                 f"the network that step {step} of {plan.steps} leaves has other channel groups than "
                 f"{traced.name}: give --steps 1"
             )
-        cost = CostModel(model, graph)
+        cost = CostModel(model, graph, traced.cost.latency)
         allowed = {name: allowed[name][allowed[name] <= width] for name, width in graph.sizes.items()}
         next_widths = uniform_widths(cost, allowed, targets_at(plan, traced.cost, step + 1))
         learned = recover(model, graph, next_widths, step)
@@ -110,8 +110,7 @@ def targets_at(plan: Plan, reference: CostModel, step: int) -> list[Target]:
     if plan.steps == 1:
         return list(plan.targets)
     return [
-        target.part(int(counter(reference, target.resource)(reference.sizes)), step, plan.steps)
-        for target in plan.targets
+        target.part(reference_count(reference, target.resource), step, plan.steps) for target in plan.targets
     ]
 
 

@@ -69,7 +69,7 @@ class Traced:
     def with_branches(self) -> Traced:
         """Return the same with the residual branches that may vanish, whose groups then may have width 0."""
         graph = find_branches(self.model, self.graph, self.example)
-        return replace(self, graph=graph, cost=CostModel(self.model, graph))
+        return replace(self, graph=graph, cost=CostModel(self.model, graph, self.cost.latency))
 
     def inherit(self, selection: Selection) -> nn.Module:
         """Return the small network with the kept slices of this network's weights."""

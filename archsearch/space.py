@@ -55,6 +55,7 @@ class SearchSpace:
         bounds: What holds where nothing else is said.
         groups: Exceptions by shell pattern on a group's name or one of its layers; the last match counts.
         ignore: Shell patterns of layers whose output channels all stay.
+        known: Widths of each group beyond which nothing may go, such as those that a latency table knows.
         drop_branches: Whether the groups of a residual branch may have width 0, all together, so that the
             shortcut alone is left.
     """
@@ -63,6 +64,7 @@ class SearchSpace:
     groups: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     ignore: Sequence[str] = ()
     drop_branches: bool = False
+    known: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: str | Path) -> SearchSpace:
@@ -115,6 +117,10 @@ class SearchSpace:
                 if fnmatch.filter(layers[name], pattern):
                     bounds = _bounds(bounds, exceptions, pattern)
             widths[name] = _allowed(graph, group, bounds)
+            if name in self.known:
+                widths[name] = np.intersect1d(widths[name], np.array(self.known[name], dtype=np.int64))
+                if not len(widths[name]):
+                    raise UsageError(f"no allowed width of {name} is in the latency table: loosen the bounds")
         for name in self._droppable(graph):
             widths[name] = np.concatenate([[0], widths[name]])
         return widths

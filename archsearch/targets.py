@@ -9,9 +9,11 @@ from typing import Literal, TypeAlias
 
 from archsearch.errors import UsageError
 
-Resource: TypeAlias = Literal["flops", "params", "memory", "channels"]
+Resource: TypeAlias = Literal["flops", "params", "memory", "channels", "latency"]
 
 _MULTIPLES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_NANOSECONDS = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
+_TIME = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(%|[num]?s)?", re.IGNORECASE)
 _PATTERN = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(%|[KMGT]?B?)", re.IGNORECASE)
 
 
@@ -20,7 +22,7 @@ class Target:
     """A limit on one resource: MACs (``flops``), parameters, bytes of peak activation memory, or channels.
 
     Channels are those of all prunable groups together: ``channels 0.3`` is a published "70 % of the channels
-    pruned by one global threshold".
+    pruned by one global threshold". Latency is in nanoseconds.
 
     Attributes:
         resource: What is limited.
@@ -36,9 +38,13 @@ class Target:
     def parse(cls, resource: Resource, text: str | float) -> Target:
         """Read ``0.5`` or ``50%`` as a share that stays, ``60M`` or ``60000000`` as an absolute limit.
 
+        A latency is a share likewise, or a time with its unit, such as ``1.2ms``.
+
         Raises:
             UsageError: If the text is neither, or not above zero.
         """
+        if resource == "latency":
+            return cls._latency(text)
         match = _PATTERN.fullmatch(str(text).strip())
         if not match:
             raise UsageError(
@@ -59,6 +65,21 @@ class Target:
             )
         return cls(resource, absolute=int(number * _MULTIPLES[unit]))
 
+    @classmethod
+    def _latency(cls, text: str | float) -> Target:
+        match = _TIME.fullmatch(str(text).strip())
+        if not match:
+            raise UsageError(
+                f"--latency {text}: give the share that stays, such as 0.6 or 60%, or a time such as 1.2ms"
+            )
+        number, unit = Fraction(match[1]), (match[2] or "").lower()
+        keep = number / 100 if unit == "%" else number
+        if number <= 0 or (unit in ("", "%") and keep > 1):
+            raise UsageError(f"--latency {text}: a share is in (0, 1], a time has a unit, such as 1.2ms")
+        if unit in _NANOSECONDS:
+            return cls("latency", absolute=int(number * _NANOSECONDS[unit]))
+        return cls("latency", keep=keep)
+
     def limit(self, reference: int) -> int:
         """Return the largest count that meets the target, given the reference's."""
         if self.keep is not None:
@@ -71,5 +92,7 @@ class Target:
         return Target(self.resource, absolute=reference - (reference - limit) * step // steps)
 
     def __str__(self) -> str:
+        if self.resource == "latency" and self.keep is None:
+            return f"latency {self.absolute / 1e6:g} ms"
         amount = self.absolute if self.keep is None else float(self.keep)
         return f"{self.resource} {amount:g}" if isinstance(amount, float) else f"{self.resource} {amount:,}"

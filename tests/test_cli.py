@@ -131,7 +131,8 @@ def test_lists_name_what_there_is(
         (["find", "--flops", "0.5"], "no model: give --model NAME"),
         (
             NOT_TRAINED,
-            "nothing says how small: give --flops, --params, --memory or --channels, or a --preset",
+            "nothing says how small: give --flops, --params, --memory, --channels or --latency, "
+            "or a --preset",
         ),
         (
             ["find", "--model", "resnet65", "--flops", "0.5"],
@@ -168,7 +169,7 @@ def test_lists_name_what_there_is(
         ),
         ([*NOT_TRAINED, "--flops", "0.5", "--allocation", "locl"], "'locl': did you mean local"),
         ([*NOT_TRAINED, "--flops", "0.5", "--budget", "scratch"], "'scratch': did you mean scratch-"),
-        ([*NOT_TRAINED, "--flops", "0.5", "--finetune", "none"], "give finetune or finetune-published"),
+        ([*NOT_TRAINED, "--flops", "0.5", "--finetune", "scratch-e"], "give finetune or finetune-published"),
         ([*NOT_TRAINED, "--flops", "0.5", "--budget-cap", "0.5"], "cap must be a number of at least 1"),
         ([*NOT_TRAINED, "--flops", "0.5", "--seeds", "0"], "--seeds 0: at least 1"),
         ([*NOT_TRAINED, "--flops", "0.5", "--classes", "0"], "num_classes is 0: it must be 1 or more"),

@@ -17,7 +17,7 @@ from archsearch.cost import CostModel
 from archsearch.errors import InfeasibleError
 from archsearch.graph import ChannelGraph
 from archsearch.grouping import channel_graph
-from archsearch.knapsack import Knapsack
+from archsearch.knapsack import Knapsack, one_of_each
 from archsearch.models import resolve
 from archsearch.space import Bounds, SearchSpace
 from archsearch.targets import Target
@@ -288,3 +288,10 @@ def test_curves_are_asked_for_only_where_an_allocation_needs_them() -> None:
             )
     with pytest.raises(AssertionError):
         allocate("knapsack", cost, scores, refuse, allowed, targets)
+
+
+def test_a_budget_that_leaves_next_to_nothing_takes_the_cheapest() -> None:
+    group, cost = np.array([0, 0, 1, 1]), np.array([0.1, 0.3, 0.2, 0.4])
+    error = np.array([3.0, 0.0, 2.0, 0.0])
+    # 0.1 + 0.2 is above 0.3 by 6e-17: more parts of that than an integer holds cost the others.
+    assert one_of_each(group, error, cost, 0.1 + 0.2).tolist() == [0, 2]

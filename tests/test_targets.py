@@ -97,3 +97,24 @@ def test_a_limit_above_the_reference_is_the_reference() -> None:
 )
 def test_a_target_prints_as_a_person_would_write_it(text: str, shown: str) -> None:
     assert str(Target.parse("flops", text)) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "keep", "absolute", "shown"),
+    [
+        ("0.6", Fraction(3, 5), 0, "latency 0.6"),
+        ("60%", Fraction(3, 5), 0, "latency 0.6"),
+        ("1.2ms", None, 1_200_000, "latency 1.2 ms"),
+        ("800 us", None, 800_000, "latency 0.8 ms"),
+        ("2s", None, 2_000_000_000, "latency 2000 ms"),
+    ],
+)
+def test_latencies_are_shares_or_times(text: str, keep: Fraction | None, absolute: int, shown: str) -> None:
+    target = Target.parse("latency", text)
+    assert (target.keep, target.absolute, str(target)) == (keep, absolute, shown)
+
+
+@pytest.mark.parametrize("text", ["1.2", "0", "0ms", "ms", "110%", "5M", "-1ms", "1.2 minutes"])
+def test_other_latencies_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--latency"):
+        Target.parse("latency", text)

@@ -38,6 +38,7 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     )
     model_options(find)
     target = target_options(find)
+    _latency_options(target)
     target.add_argument(
         "--preset", metavar="NAME", help="published widths, such as resnet56-a; implies the model"
     )
@@ -58,7 +59,7 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
         "trained once;\nequal widths of two methods are one network, trained once.",
     )
     model_options(compare)
-    target_options(compare)
+    _latency_options(target_options(compare))
     method = compare.add_argument_group("methods")
     method.add_argument(
         "--methods",
@@ -104,6 +105,14 @@ def run_compare(options: argparse.Namespace) -> None:
         show_result(f"wrote {path}")
 
 
+def _latency_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--latency", metavar="KEEP", help="latency that stays, 0.6 or 1.2ms; with --table")
+    group.add_argument("--table", type=Path, metavar="FILE", help="what `archsearch profile` made")
+    group.add_argument(
+        "--other-device", action="store_true", help="take the table of another device; measure nothing"
+    )
+
+
 def _pruning_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--steps", type=int, default=1, metavar="N", help="prune in N steps with recovery (%(default)s)"
@@ -144,6 +153,9 @@ def _arguments(options: argparse.Namespace) -> dict[str, Any]:
         "params": options.params,
         "memory": options.memory,
         "channels": options.channels,
+        "latency": options.latency,
+        "table": options.table,
+        "other_device": options.other_device,
         "space": search_space(options),
         "steps": options.steps,
         "recover": options.recover,

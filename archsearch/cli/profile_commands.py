@@ -43,6 +43,25 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     profile.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="the table, such as dev.lat.json"
     )
+    verify = commands.add_parser(
+        "verify",
+        help="measure an architecture that was found for a latency, on its device",
+        description="Measure the network of an architecture file beside its reference, in fresh processes on "
+        "the device\nthat its latency was predicted for, and write down in the file what came out.",
+    )
+    verify.add_argument("architecture", type=Path, metavar="ARCH.yaml")
+    verify.add_argument(
+        "--trust-code", action="store_true", help="import the code that the file's model names"
+    )
+
+
+def run_verify(options: argparse.Namespace) -> None:
+    """Measure the network of a file on its device, and say whether the file's prediction holds."""
+    from archsearch.on_device import verdict, verify_file
+
+    facts = verify_file(options.architecture, trust_code=options.trust_code, say=say)
+    show_result(verdict(facts, []))
+    show_result(f"wrote {options.architecture}")
 
 
 def run_profile(options: argparse.Namespace) -> None:
@@ -150,4 +169,7 @@ def verdict(report: Any) -> list[str]:
     return [*lines, *(f"not good enough: {complaint}" for complaint in report.complaints)]
 
 
-COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = {"profile": run_profile}
+COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = {
+    "profile": run_profile,
+    "verify": run_verify,
+}

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from latency_case import PaperDevice, profiled, traced
+
+from archsearch import files, on_device
+from archsearch.allocation import reference_count
+from archsearch.api import find
+from archsearch.architecture import Architecture
+from archsearch.cli import main
+from archsearch.errors import InfeasibleError, SpecError, UsageError
+from archsearch.latency.table import LatencyTable
+from archsearch.pruning import uniform_widths
+from archsearch.space import Bounds, SearchSpace
+from archsearch.targets import Target
+
+
+@cache
+def paper_table() -> LatencyTable:
+    return profiled(traced(), PaperDevice(block=4), round_to=4).run()
+
+
+def test_widths_meet_the_limit_by_the_upper_end_of_the_prediction() -> None:
+    network, space = on_device.aimed(traced(), SearchSpace(), paper_table())
+    assert space.bounds.round_to == paper_table().quantum == 4
+    allowed = space.allowed(network.graph)
+    widths = uniform_widths(network.cost, allowed, [Target.parse("latency", 0.6)])
+    _, _, high = paper_table().predict(np.array([widths[name] for name in paper_table().names]))
+    assert high <= 0.6 * paper_table().reference_ms
+    assert all(width % 4 == 0 for width in widths.values())
+    assert reference_count(network.cost, "latency") == round(paper_table().reference_ms * 1e6)
+
+
+def test_latency_and_flops_hold_together() -> None:
+    network, space = on_device.aimed(traced(), SearchSpace(), paper_table())
+    targets = [Target.parse("latency", 0.9), Target.parse("flops", 0.3)]
+    widths = uniform_widths(network.cost, space.allowed(network.graph), targets)
+    assert network.cost.of(widths).macs <= 0.3 * network.cost.reference.macs
+
+
+def test_the_space_may_ask_for_other_multiples_that_the_table_knows() -> None:
+    _, space = on_device.aimed(traced(), SearchSpace(Bounds(round_to=8)), paper_table())
+    allowed = space.allowed(traced().graph)
+    assert all((widths[:-1] % 8 == 0).all() for widths in allowed.values())
+
+
+def test_widths_that_the_table_does_not_know_are_refused() -> None:
+    _, space = on_device.aimed(traced(), SearchSpace(Bounds(min_keep=0.9, max_keep=0.95, round_to=5)), paper_table())
+    with pytest.raises(UsageError, match=r"no allowed width of .* is in the latency table"):
+        space.allowed(traced().graph)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [("resnet32", (3, 32, 32), "of another network"), ("resnet20", (3, 24, 24), "is for inputs of")],
+)
+def test_the_table_of_another_network_is_refused(name: str, shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        on_device.aimed(traced(name, shape), SearchSpace(), paper_table())
+
+
+def test_latency_without_a_table_is_refused() -> None:
+    network = traced()
+    with pytest.raises(UsageError, match=r"--latency: .* give --table"):
+        uniform_widths(network.cost, SearchSpace().allowed(network.graph), [Target.parse("latency", 0.5)])
+
+
+@pytest.mark.parametrize("given", [{"latency": 0.5}, {"table": "t.json", "flops": 0.5}])
+def test_a_latency_goes_with_a_table(given: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="--latency and --table go together"):
+        find("resnet20", data=None, budget="none", **given)
+
+
+def test_the_table_of_another_device_is_refused_unless_that_is_said(tmp_path: Path) -> None:
+    path, out = tmp_path / "paper.lat.json", tmp_path / "out"
+    paper_table().write(path)
+    elsewhere = files.read_json(path)
+    elsewhere["fingerprint"]["accelerator"] = "a device of paper"
+    files.write_json(path, elsewhere)
+    given: dict[str, Any] = {"latency": 0.6, "table": path, "data": None, "budget": "none", "out": out}
+    with pytest.raises(UsageError, match=r"was measured elsewhere .*a device of paper.*--other-device"):
+        find("resnet20", **given)
+    said: list[str] = []
+    found = find("resnet20", other_device=True, say=said.append, **given)
+    facts = found.architecture.provenance["latency"]
+    assert facts["verified"] is False
+    assert facts["high_ms"] <= 0.6 * facts["reference_ms"]
+    assert Architecture.read(out / "architecture.yaml") == found.architecture
+    assert files.read_json(out / "results.json")["conditions"]["latency"] == facts
+    assert "not verified on its device" in said[-1]
+
+
+def test_a_time_out_of_reach_says_what_can_be_reached() -> None:
+    network, space = on_device.aimed(traced(), SearchSpace(), paper_table())
+    with pytest.raises(InfeasibleError, match=r"the target latency 0\.001 ms asks for at most 1,000 nanosec"):
+        uniform_widths(network.cost, space.allowed(network.graph), [Target.parse("latency", "1us")])
+
+
+@pytest.mark.slow  # three processes that each build, time and end
+def test_the_found_network_is_measured_in_fresh_processes(tmp_path: Path, capsys: Any) -> None:
+    network, space = on_device.aimed(traced(), SearchSpace(), paper_table())
+    widths = uniform_widths(network.cost, space.allowed(network.graph), [Target.parse("latency", 0.6)])
+    path = tmp_path / "a.yaml"
+    network.architecture(widths).write(path)
+    with pytest.raises(SpecError, match="was not found for a latency"):
+        on_device.verify_file(path, say=lambda line: None)
+    on_device.note(path, on_device.predicted(paper_table(), widths))
+    key = Architecture.read(path).key
+    assert main(["verify", str(path)]) == 0
+    facts = Architecture.read(path).provenance["latency"]
+    assert facts["verified"] is True
+    assert len(facts["measured_shares"]) == on_device.PROCESSES
+    assert 0 < facts["measured_share"] < 2
+    assert sorted(facts["measured_shares"])[1] == facts["measured_share"]
+    assert Architecture.read(path).key == key
+    assert "measured" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("share", "ms", "target", "said"),
+    [
+        (0.58, 0.3, 0.6, "the target latency 0.6 is met"),
+        (0.61, 0.3, 0.6, "the target latency 0.6 is MISSED"),
+        (0.58, 0.3, "0.25ms", "the target latency 0.25 ms is MISSED"),
+        (0.58, 0.3, "300us", "the target latency 0.3 ms is met"),
+    ],
+)
+def test_the_verdict_goes_by_what_was_measured(share: float, ms: float, target: Any, said: str) -> None:
+    facts = {
+        "predicted_ms": 0.2,
+        "low_ms": 0.1,
+        "high_ms": 0.3,
+        "reference_ms": 0.5,
+        "verified": True,
+        "measured_ms": ms,
+        "measured_share": share,
+        "stable": True,
+    }
+    assert on_device.verdict(facts, [Target.parse("latency", target)]).endswith(said)
