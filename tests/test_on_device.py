@@ -50,7 +50,9 @@ def test_the_space_may_ask_for_other_multiples_that_the_table_knows() -> None:
 
 
 def test_widths_that_the_table_does_not_know_are_refused() -> None:
-    _, space = on_device.aimed(traced(), SearchSpace(Bounds(min_keep=0.9, max_keep=0.95, round_to=5)), paper_table())
+    _, space = on_device.aimed(
+        traced(), SearchSpace(Bounds(min_keep=0.9, max_keep=0.95, round_to=5)), paper_table()
+    )
     with pytest.raises(UsageError, match=r"no allowed width of .* is in the latency table"):
         space.allowed(traced().graph)
 

@@ -12,6 +12,7 @@ from archsearch.cli import (
     guide_commands,
     latency_commands,
     profile_commands,
+    search_commands,
     sparsity_commands,
 )
 from archsearch.cli.output import say, show_result
@@ -101,6 +102,7 @@ def run_list(options: argparse.Namespace) -> None:
 
 COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = {
     **find_commands.COMMANDS,
+    **search_commands.COMMANDS,
     "train": run_train,
     "evaluate": run_evaluate,
     "show": run_show,

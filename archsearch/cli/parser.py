@@ -13,6 +13,7 @@ from archsearch.cli import (
     guide_commands,
     latency_commands,
     profile_commands,
+    search_commands,
     sparsity_commands,
 )
 from archsearch.cli.options import (
@@ -59,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
 
     find_commands.add_commands(commands)
+    search_commands.add_commands(commands)
 
     train = commands.add_parser("train", help="train the network of an architecture file")
     train.add_argument("architecture", type=Path, metavar="ARCH.yaml")

@@ -1,0 +1,97 @@
+"""The finals: what a search recommends against uniform widths, trained again with seeds it never saw.
+
+The best of many noisy trials is mostly the luckiest one. So the values of trials are not results: the
+finalists are trained from scratch with fresh seeds, the winner is chosen on validation images, and every
+finalist is measured once on the test set. Where the winner cannot be told from uniform widths, uniform widths
+are what is exported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from archsearch.results import Arm, gain
+from archsearch.search.trial import Scratch
+from archsearch.trainer import Trainer, arm_of
+
+FRESH = 10_000
+"""The first seed of the finals, after that of the search."""
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """Widths in the finals, and whose they are."""
+
+    name: str
+    widths: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the finals say.
+
+    Attributes:
+        arms: Of all finalists, with test accuracies.
+        validation: What decided: the validation accuracies in percent by finalist.
+        chosen: The finalist with the highest mean of these.
+        exported: The same, or uniform widths where it is not distinguishable from them.
+        model: The exported network, trained with the first fresh seed.
+        verdict: One line for people.
+    """
+
+    arms: Sequence[Arm]
+    validation: Mapping[str, Sequence[float]]
+    chosen: Finalist
+    exported: Finalist
+    model: nn.Module
+    verdict: str
+
+
+def finals(
+    finalists: Sequence[Finalist],
+    scratch: Scratch,
+    blind: Trainer,
+    trainer: Trainer,
+    seeds: int,
+    seed: int,
+) -> Outcome:
+    """Train the finalists, choose on validation, then measure all of them on the test set.
+
+    Args:
+        finalists: The first has uniform widths.
+        scratch: Trains the networks with the full budget.
+        blind: A trainer that leaves the test set alone.
+        trainer: One that measures on it.
+        seeds: How many.
+        seed: Of the search.
+    """
+    fresh = range(seed + FRESH, seed + FRESH + seeds)
+    validation = {
+        each.name: [scratch(blind, each.name, each.widths, s).accuracy for s in fresh] for each in finalists
+    }
+    # On validation alone: what the test set says can no longer change the choice.
+    unmeasured = {
+        name: Arm(name, name, scratch.budget, 0, 0, accuracies=tuple(accuracies))
+        for name, accuracies in validation.items()
+    }
+    uniform = finalists[0]
+    # Among equals the first, so that uniform widths stay where nothing is better.
+    chosen = max(finalists, key=lambda each: unmeasured[each.name].mean or 0.0)
+    gained = gain(unmeasured[chosen.name], unmeasured[uniform.name])
+    better = gained is not None and gained[0] > gained[1]
+    exported = chosen if better else uniform
+    arms, models = [], {}
+    for each in finalists:
+        trained = [scratch(trainer, f"{each.name}, seed {s}", each.widths, s) for s in fresh]
+        name = f"{each.name}, {scratch.budget}"
+        arms.append(arm_of(name, each.name, scratch.budget, scratch.traced.cost.of(each.widths), trained))
+        models[each.name] = trained[0].model
+    if gained is None:
+        said = "uniform widths have the highest validation accuracy: they are exported"
+    else:
+        said = f"{chosen.name} gains {gained[0]:+.2f} ± {gained[1]:.2f} points over uniform on validation"
+        said += ": exported" if better else ": not distinguishable from uniform, which is exported"
+    return Outcome(arms, validation, chosen, exported, models[exported.name], said)
