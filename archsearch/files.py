@@ -200,7 +200,7 @@ def read_bytes(path: Location, limit: int, kind: type[ArchsearchError] = SpecErr
         ArchsearchError: Of ``kind``, if it is larger or cannot be read.
     """
     with opened(path, kind) as (file, size):
-        data = file.read(min(size, limit) + 1) if size <= limit else b""  # one more: it may be growing
+        data = file.read(limit + 1) if size <= limit else b""
     if max(size, len(data)) > limit:
         raise kind(f"{named(path)}: has {max(size, len(data))} bytes: at most {limit} are read")
     return data

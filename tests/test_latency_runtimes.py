@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import sys
 import types
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +143,12 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_every_one_of_many_networks_is_compiled() -> None:
+def test_every_one_of_many_networks_is_compiled(request: pytest.FixtureRequest) -> None:
     from torch._dynamo.utils import counters
 
+    # Compiled code holds for the number of threads that it was compiled with.
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(1)
     counters.clear()
     calls = [prepare(net(channels), EXAMPLE, "compile") for channels in range(2, 12)]
     assert counters["stats"]["unique_graphs"] == 10  # torch itself stops at eight
