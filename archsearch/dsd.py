@@ -22,10 +22,10 @@ from archsearch.rebuild import Traced
 from archsearch.recipe import Recipe
 from archsearch.results import Arm, Record
 from archsearch.sparsity.masks import Masks, magnitude
-from archsearch.sparsity.runs import Runs, mean_arm
+from archsearch.sparsity.runs import Runs
 from archsearch.sparsity.usage import masked_cost, uses
 from archsearch.tensor_files import write_tensors
-from archsearch.trainer import Say, Trained, Trainer, is_main
+from archsearch.trainer import Say, Trained, Trainer, is_main, mean_arm
 
 REDENSE_LR_DIVISOR = 10
 """The last phase has a tenth of the learning rate."""

@@ -18,7 +18,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import linprog
 from scipy.sparse import csr_array
 
 Floats: TypeAlias = npt.NDArray[np.float64]
@@ -252,6 +251,8 @@ def relaxed_prices(group: Integers, error: Floats, costs: Floats, budgets: Float
         budgets: ``(K,)``; some options of all groups meet them.
     """
     one_each: Any = csr_array((np.ones(len(group)), (group, np.arange(len(group)))))
+    from scipy.optimize import linprog  # slow to import, and only several limits need it
+
     result = linprog(error, costs.T, budgets, one_each, np.ones(one_each.shape[0]), (0, None), method="highs")
     return np.zeros(len(budgets)) if result.x is None else np.maximum(-result.ineqlin.marginals, 0.0)
 

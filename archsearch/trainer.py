@@ -19,9 +19,10 @@ from archsearch.errors import IntegrityError, UsageError
 from archsearch.rebuild import Traced
 from archsearch.recipe import Recipe
 from archsearch.results import Arm
-from archsearch.training import evaluate, resolve_device, train
 from archsearch.training.callbacks import Callback, MetricsFile
 from archsearch.training.directory import describe
+from archsearch.training.evaluation import evaluate, resolve_device
+from archsearch.training.loop import train
 
 Say = Callable[[str], None]
 
@@ -127,12 +128,17 @@ class Trained:
 
 def arm_of(name: str, widths: str, budget: str, cost: Cost, results: Sequence[Trained]) -> Arm:
     """Return the arm of several trainings of one network."""
+    return mean_arm(name, widths, budget, [cost], results)
+
+
+def mean_arm(name: str, widths: str, budget: str, costs: Sequence[Cost], results: Sequence[Trained]) -> Arm:
+    """Return the arm of several trainings of networks that cost nearly the same: the mean of their costs."""
     return Arm(
         name,
         widths,
         budget,
-        cost.macs,
-        cost.params,
+        round(sum(cost.macs for cost in costs) / len(costs)),
+        round(sum(cost.params for cost in costs) / len(costs)),
         results[0].epochs,
         tuple(result.accuracy for result in results),
         sum(result.seconds for result in results),

@@ -31,7 +31,7 @@ from torchvision import transforms
 from archsearch.data import Augmentation, in_memory
 from archsearch.models import resolve
 from archsearch.recipe import RECIPES
-from archsearch.training import train
+from archsearch.training.loop import train
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 

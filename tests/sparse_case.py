@@ -19,8 +19,8 @@ from archsearch.graph import ChannelGraph
 from archsearch.grouping import channel_graph
 from archsearch.pruners import PRUNERS, SparseTraining, Sparsifying
 from archsearch.tensor_files import write_tensors
-from archsearch.training import TrainResult, train
 from archsearch.training.callbacks import Callback
+from archsearch.training.loop import TrainResult, train
 
 EXAMPLE = torch.randn(4, 2, 6, 6, generator=torch.Generator().manual_seed(3))
 USELESS = {"conv1": [1, 4, 6], "conv2": [0, 7, 11, 15]}

@@ -14,8 +14,8 @@ from archsearch.errors import UsageError
 from archsearch.grouping import channel_graph
 from archsearch.models import resolve
 from archsearch.pruners.slimming import Slimming
-from archsearch.training import train
 from archsearch.training.callbacks import State
+from archsearch.training.loop import train
 
 
 def pushed(name: str, strength: float) -> tuple[Any, dict[str, torch.Tensor]]:

@@ -16,8 +16,8 @@ from archsearch.compression.tied import TiedTraining, digest, tied_weights
 from archsearch.errors import PreemptedError, UsageError
 from archsearch.recipe import Recipe
 from archsearch.sparsity.masks import magnitude
-from archsearch.training import train
 from archsearch.training.callbacks import Callback, State
+from archsearch.training.loop import train
 
 
 def shared_network(bits: int = 3) -> tuple[nn.Module, dict[str, Shared]]:

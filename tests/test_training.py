@@ -27,10 +27,10 @@ from archsearch.errors import (
 )
 from archsearch.recipe import Recipe
 from archsearch.tensor_files import read_tensors
-from archsearch.training import train
 from archsearch.training.callbacks import Callback, State
 from archsearch.training.determinism import derive_seed
 from archsearch.training.evaluation import evaluate, resolve_device
+from archsearch.training.loop import train
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 SCRIPT = str(Path(case.__file__))

@@ -23,8 +23,8 @@ from torch import nn
 from archsearch.data import Augmentation, DataSource, in_memory
 from archsearch.recipe import Recipe
 from archsearch.tensor_files import write_tensors
-from archsearch.training import TrainResult, train
 from archsearch.training.callbacks import Callback, State
+from archsearch.training.loop import TrainResult, train
 
 CLASSES, STEPS, EPOCHS = 3, 6, 3
 RECIPE = Recipe(lr=0.05, nesterov=True, batch_size=8, epochs=EPOCHS, schedule="cosine")

@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from archsearch.cost import Cost
 from archsearch.errors import UsageError
 from archsearch.rebuild import Traced
 from archsearch.recipe import Recipe
-from archsearch.results import Arm
 from archsearch.sparsity.criteria import Batch
 from archsearch.sparsity.masks import MaskedTraining, Masks
 from archsearch.trainer import Say, Trained, Trainer
@@ -111,17 +109,3 @@ class Runs:
         return next(
             iter(self.trainer.data.train.batches(images, seed=derive_seed(seed, "batch"), train=True))
         )
-
-
-def mean_arm(name: str, widths: str, budget: str, costs: Sequence[Cost], results: Sequence[Trained]) -> Arm:
-    """Return the arm of several trainings of networks that cost nearly the same: the mean of their costs."""
-    return Arm(
-        name,
-        widths,
-        budget,
-        round(sum(cost.macs for cost in costs) / len(costs)),
-        round(sum(cost.params for cost in costs) / len(costs)),
-        results[0].epochs,
-        tuple(result.accuracy for result in results),
-        sum(result.seconds for result in results),
-    )

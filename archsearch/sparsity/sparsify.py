@@ -20,10 +20,10 @@ from archsearch.sparsity.criteria import CRITERIA, shuffled
 from archsearch.sparsity.initialisation import initialise
 from archsearch.sparsity.masks import Masks
 from archsearch.sparsity.rule import Rule
-from archsearch.sparsity.runs import Runs, mean_arm
+from archsearch.sparsity.runs import Runs
 from archsearch.sparsity.usage import masked_cost, output_layer, uses
 from archsearch.tensor_files import write_tensors
-from archsearch.trainer import Say, Trained, Trainer, is_main
+from archsearch.trainer import Say, Trained, Trainer, is_main, mean_arm
 from archsearch.training.determinism import derive_seed
 
 
