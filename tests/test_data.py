@@ -479,6 +479,25 @@ def test_digits_grow_with_the_image_size_and_so_does_the_padding() -> None:
     assert source.train.augmentation == Augmentation(pad=4, flip=False, cutout=8)  # type: ignore[attr-defined]
 
 
+def test_a_train_share_leaves_out_training_images_of_each_class_and_no_others() -> None:
+    whole, part = load_data("digits"), load_data("digits", train_share=0.25)
+    few = next(part.train.batches(2000))[1].bincount()
+    all_of_them = next(whole.train.batches(2000))[1].bincount()
+    assert len(part.train) == round(0.25 * len(whole.train))
+    assert ((few - 0.25 * all_of_them).abs() < 1).all()
+    for split in ("validation", "test"):
+        kept, (_, labels) = (
+            next(getattr(part, split).batches(2000)),
+            next(getattr(whole, split).batches(2000)),
+        )
+        assert torch.equal(kept[1], labels)
+    assert part.fingerprint != whole.fingerprint
+
+
+def test_a_train_share_that_leaves_nothing_out_changes_nothing() -> None:
+    assert load_data("digits", train_share=0.9999).fingerprint == load_data("digits").fingerprint
+
+
 def test_a_wrong_name_gets_the_nearest() -> None:
     with pytest.raises(UnknownNameError, match=r"unknown data set 'cifar-10': did you mean cifar10"):
         load_data("cifar-10")
@@ -493,6 +512,7 @@ def test_all_promised_data_sets_are_registered() -> None:
     ("arguments", "message"),
     [
         ({"validation_share": 1.0}, "validation share is 1.0"),
+        ({"train_share": 0.0}, "train share is 0.0"),
         ({"workers": -1}, "workers is -1"),
         ({"image_size": 0}, "image size is 0"),
         ({"cutout": -2}, "cutout is -2"),

@@ -294,6 +294,8 @@ def test_without_a_test_folder_val_is_the_test_set(folder: Path) -> None:
     write_images(folder / "test", 2, seed=2)
     source = open_folder(folder)
     assert [len(split) for split in (source.train, source.validation, source.test)] == [20, 6, 4]
+    source = load_data("imagefolder", data_dir=folder, image_size=16, train_share=0.5)
+    assert [len(split) for split in (source.train, source.validation, source.test)] == [10, 6, 4]
 
 
 def test_evaluation_resizes_and_crops_as_imagenet_does(folder: Path) -> None:

@@ -43,6 +43,15 @@ def target_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return group
 
 
+def latency_options(group: argparse._ArgumentGroup) -> None:
+    """Add what says how fast a network must become, and on which device."""
+    group.add_argument("--latency", metavar="KEEP", help="latency that stays, 0.6 or 1.2ms; with --table")
+    group.add_argument("--table", type=Path, metavar="FILE", help="what `archsearch profile` made")
+    group.add_argument(
+        "--other-device", action="store_true", help="take the table of another device; measure nothing"
+    )
+
+
 def space_options(group: argparse._ArgumentGroup) -> None:
     """Add what says which widths are allowed."""
     group.add_argument(
@@ -69,6 +78,13 @@ def data_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--download", action="store_true", help="fetch missing files into --data-dir")
     group.add_argument("--image-size", type=int, metavar="N", help="bring images to N x N pixels")
     group.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read image files")
+    group.add_argument(
+        "--train-share",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="of each class's training images that are trained on (%(default)s)",
+    )
 
 
 def training_options(

@@ -58,6 +58,7 @@ class CifarSet:
                 torchvision_class(self.torchvision_name).test_list
             ),  # the MD5s that it will be compared with
             validation_share=request.validation_share,
+            train_share=request.train_share,
             seed=request.seed,
             num_classes=self.classes,
             mean=self.mean,

@@ -33,6 +33,7 @@ def digits(request: DataRequest) -> DataSource:
         labels[rest],
         test=(images[test], labels[test]),
         validation_share=request.validation_share,
+        train_share=request.train_share,
         seed=request.seed,
         num_classes=10,
         augmentation=Augmentation(pad=round(size / native), cutout=request.cutout),

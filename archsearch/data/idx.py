@@ -74,6 +74,7 @@ class IdxSet:
             test=lambda: load(read_pair(*test)),
             test_identity=_digest(test),
             validation_share=request.validation_share,
+            train_share=request.train_share,
             seed=request.seed,
             num_classes=_CLASSES,
             mean=[self.mean],

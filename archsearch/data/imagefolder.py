@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from archsearch.data.order import Pass, derived_generator, derived_seed, stratified_split
+from archsearch.data.order import Pass, derived_generator, derived_seed, stratified_share, stratified_split
 from archsearch.data.source import DATASETS, Batch, DataRequest, DataSource, Split
 from archsearch.errors import IntegrityError, ResourceError, UsageError
 
@@ -198,6 +198,8 @@ def imagefolder(request: DataRequest) -> DataSource:
         labels = torch.tensor([label for _, label in samples])
         stay, out = stratified_split(labels, request.validation_share, request.seed)
         kept, validation = [samples[i] for i in stay.tolist()], [samples[i] for i in out.tolist()]
+    used = stratified_share(torch.tensor([label for _, label in kept]), request.train_share, request.seed)
+    kept = [kept[i] for i in used.tolist()]
     tested = _listed(last, classes)
     size = request.image_size or _IMAGE_SIZE
 

@@ -126,3 +126,10 @@ def stratified_split(labels: torch.Tensor, share: float, seed: int) -> tuple[tor
             "give a larger share, or 0 for no validation images"
         )
     return (~held).nonzero()[:, 0], held.nonzero()[:, 0]
+
+
+def stratified_share(labels: torch.Tensor, share: float, seed: int) -> torch.Tensor:
+    """Return the indices, ascending, of a share in ``(0, 1]`` of the samples of each class; at least one."""
+    if round((1 - share) * len(labels)) == 0:
+        return torch.arange(len(labels))
+    return stratified_split(labels, 1 - share, seed)[0]

@@ -123,6 +123,8 @@ class DataRequest:
         workers: Processes that read image files; 0 reads in the training process. Sets in memory need none.
         image_size: Height and width in pixels to bring images to; None keeps the data set's own.
         cutout: Side in pixels of the square that is blanked in each training image; 0 for none.
+        train_share: Share of each class's training images that are trained on, in ``(0, 1]``; validation
+            and test images are as many with any share.
     """
 
     data_dir: Path | None = None
@@ -132,10 +134,13 @@ class DataRequest:
     workers: int = 0
     image_size: int | None = None
     cutout: int = 0
+    train_share: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.validation_share < 1:
             raise UsageError(f"the validation share is {self.validation_share}, but must be in [0, 1)")
+        if not 0 < self.train_share <= 1:
+            raise UsageError(f"the train share is {self.train_share}, but must be in (0, 1]")
         if self.workers < 0:
             raise UsageError(f"the number of data workers is {self.workers}, but must be at least 0")
         if self.image_size is not None and not 1 <= self.image_size <= 4096:
@@ -175,6 +180,7 @@ def load_data(
     workers: int = 0,
     image_size: int | None = None,
     cutout: int = 0,
+    train_share: float = 1.0,
 ) -> DataSource:
     """Open the data set called ``name``.
 
@@ -188,4 +194,6 @@ def load_data(
     """
     open_set = DATASETS[name]
     where = Path(data_dir).expanduser() if data_dir is not None else None
-    return open_set(DataRequest(where, download, seed, validation_share, workers, image_size, cutout))
+    return open_set(
+        DataRequest(where, download, seed, validation_share, workers, image_size, cutout, train_share)
+    )

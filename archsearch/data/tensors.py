@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from archsearch.data.augmentation import Augmentation, cut_out, mirrored
-from archsearch.data.order import Pass, derived_generator, stratified_split
+from archsearch.data.order import Pass, derived_generator, stratified_share, stratified_split
 from archsearch.data.source import Batch, DataSource, Split
 from archsearch.errors import UsageError
 
@@ -143,6 +143,7 @@ def in_memory(
     test: LabelledImages | Callable[[], LabelledImages],
     validation: LabelledImages | None = None,
     validation_share: float = 0.1,
+    train_share: float = 1.0,
     seed: int = 0,
     num_classes: int | None = None,
     mean: Sequence[float] | None = None,
@@ -160,6 +161,7 @@ def in_memory(
         test: Test images and labels, or a function that loads them when they are first used.
         validation: Validation images and labels; None takes them out of the training images.
         validation_share: Share of each class that is taken then, in ``[0, 1)``.
+        train_share: Share of each class's other images that are trained on, in ``(0, 1]``.
         seed: Decides which ones are.
         num_classes: One more than the largest training label by default.
         mean: Subtracted per channel; in ``[0, 1]`` for uint8 images, in the images' own units for float32. By
@@ -184,6 +186,9 @@ def in_memory(
         stay, held = stratified_split(labels, validation_share, seed)
         validation = images[held], labels[held]
         images, labels = images[stay], labels[stay]
+    if train_share < 1:
+        used = stratified_share(labels, train_share, seed)
+        images, labels = images[used], labels[used]
 
     unit = 255.0 if images.dtype == torch.uint8 else 1.0
     shift, scale = (
