@@ -79,6 +79,13 @@ def data_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--image-size", type=int, metavar="N", help="bring images to N x N pixels")
     group.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read image files")
     group.add_argument(
+        "--validation-share",
+        type=float,
+        default=0.1,
+        metavar="SHARE",
+        help="of the training images that are held out (%(default)s)",
+    )
+    group.add_argument(
         "--train-share",
         type=float,
         default=1.0,

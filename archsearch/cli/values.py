@@ -69,6 +69,7 @@ def data_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "download": options.download,
         "image_size": options.image_size,
         "workers": options.workers,
+        "validation_share": options.validation_share,
         "train_share": options.train_share,
     }
 
