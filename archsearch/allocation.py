@@ -19,6 +19,7 @@ from archsearch.knapsack import Count, Knapsack, filled
 from archsearch.registry import Registry
 from archsearch.space import Widths
 from archsearch.targets import Resource, Target
+from archsearch.ties import Dimensions
 
 Scores: TypeAlias = Mapping[str, npt.NDArray[np.float64]]
 """What each unit of each group is worth, ``(size,)``; larger is kept, and infinite ones last of all go."""
@@ -86,17 +87,22 @@ class LeastError:
         Raises:
             InfeasibleError: If the smallest allowed widths are above a target.
         """
-        limits, whole = _limits(cost, allowed, targets), whole_branches(cost, allowed)
-        steps = [allowed[name] for name in cost.names]
-        errors = [curves[name][step] for name, step in zip(cost.names, steps, strict=True)]
+        dimensions = Dimensions(cost.names, allowed)
+        whole = _after(dimensions.spread, whole_branches(cost, allowed))
+        limits = [
+            (_after(dimensions.spread, count), limit) for count, limit in _limits(cost, allowed, targets)
+        ]
+        steps = dimensions.steps
+        errors = dimensions.summed({name: curves[name][allowed[name]] for name in cost.names})
         finite = [np.flatnonzero(np.isfinite(error)) for error in errors]
         best = [step[at] if len(at) else step[-1:] for step, at in zip(steps, finite, strict=True)]
         if _fits(limits, np.array([step[0] for step in best])):
             known = [error[at] if len(at) else np.zeros(1) for error, at in zip(errors, finite, strict=True)]
             return cost.mapping(whole(Knapsack(best, known, limits).solve()))
+        missing = {name: 1 - allowed[name] / size for name, size in zip(cost.names, cost.sizes, strict=True)}
         dropped = [
-            1 - step / size if np.isinf(error).any() else np.zeros(len(step))
-            for step, size, error in zip(steps, cost.sizes, errors, strict=True)
+            lost if np.isinf(error).any() else np.zeros(len(lost))
+            for lost, error in zip(dimensions.summed(missing), errors, strict=True)
         ]
         return cost.mapping(whole(Knapsack(steps, dropped, limits).solve()))
 
@@ -155,9 +161,9 @@ def solve(
     """Return the widths that keep the units of highest priority and meet every target.
 
     First the largest set above one threshold that fits, then single steps in the order of priority, until no
-    group can grow: the result is never above a target, and no further step of any group fits. The groups of
-    a residual branch that may vanish have width 0 only where none of their units is above the threshold, and
-    take the first step together.
+    group can grow: the result is never above a target, and no further step of any group fits. A tie takes its
+    steps by the mean of its groups' priorities. The groups of a residual branch that may vanish have width 0
+    only where none of their units is above the threshold, and take the first step together.
 
     Args:
         cost: The costs as functions of the widths.
@@ -169,34 +175,25 @@ def solve(
         InfeasibleError: If the smallest allowed widths are above a target; says what can be reached.
     """
     limits, whole = _limits(cost, allowed, targets), whole_branches(cost, allowed)
-    steps = [allowed[name] for name in cost.names]
-    falling = [-priorities[name] for name in cost.names]
+    dimensions = Dimensions(cost.names, allowed)
+    falling = dimensions.summed(
+        {name: -priorities[name][_last_units(allowed[name])] for name in cost.names}, mean=True
+    )
 
-    def above(threshold: float) -> npt.NDArray[np.int64]:
-        """Return the position in ``allowed`` of each group's width when units below the threshold go."""
-        kept = [np.searchsorted(order, -threshold, side="right") for order in falling]
-        return np.array(
-            [
-                max(int(step[0] == 0 < width), np.searchsorted(step, width, side="right") - 1)
-                for step, width in zip(steps, kept, strict=True)
-            ]
-        )
+    def above(threshold: float) -> Widths:
+        """Return the place in ``allowed`` of each dimension's width when units below the threshold go."""
+        taken = [np.searchsorted(order, -threshold, side="right") for order in falling]
+        return np.maximum(np.array(taken, dtype=np.int64) - 1, 0)
 
-    def at(positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return the widths at given positions, ``(..., G)``."""
-        columns = [step[position] for step, position in zip(steps, positions.T, strict=True)]
-        return np.stack(columns, axis=-1)
+    def fit(places: Widths) -> npt.NDArray[np.bool_]:
+        return _fits(limits, dimensions.at(places))
 
-    def fit(positions: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        return _fits(limits, at(positions))
-
-    def first(groups: npt.NDArray[np.int64], grown: npt.NDArray[np.int64]) -> int:
-        """Return which group's next unit has the highest priority."""
-        widths = at(grown)
-        order = [falling[group][widths[row, group] - 1] for row, group in enumerate(groups)]
+    def first(growing: Widths, grown: Widths) -> int:
+        """Return which dimension's next unit has the highest priority."""
+        order = [falling[dimension][grown[row, dimension]] for row, dimension in enumerate(growing)]
         return int(np.argmin(order))
 
-    positions = np.zeros(len(steps), dtype=np.int64)
+    places = np.zeros(len(falling), dtype=np.int64)
     thresholds = np.unique(np.concatenate([-order for order in falling]))[::-1]
     low, high = -1, len(thresholds) - 1
     while low < high:
@@ -206,8 +203,17 @@ def solve(
         else:
             high = middle - 1
     if low >= 0:
-        positions = above(thresholds[low])
-    return cost.mapping(whole(at(filled(positions, np.array(list(map(len, steps))), fit, first))))
+        places = above(thresholds[low])
+    counts = np.array([len(order) for order in falling])
+    return cost.mapping(whole(dimensions.at(filled(places, counts, fit, first))))
+
+
+def _last_units(steps: Widths) -> Widths:
+    """Return the unit that decides whether each step is taken: its last; but the first of a whole branch."""
+    units = np.maximum(steps - 1, 0)
+    if steps[0] == 0:
+        units[1:2] = 0
+    return units
 
 
 def whole_branches(cost: CostModel, allowed: Mapping[str, Widths]) -> Callable[[Widths], Widths]:
@@ -247,8 +253,8 @@ def _limits(
     return limits
 
 
-def _after(whole: Callable[[Widths], Widths], count: Count) -> Count:
-    return lambda widths: count(whole(widths))
+def _after(make: Callable[[Widths], Widths], count: Callable[[Widths], Widths]) -> Count:
+    return lambda widths: count(make(widths))
 
 
 def _fits(limits: Sequence[tuple[Count, int]], widths: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:

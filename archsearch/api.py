@@ -6,16 +6,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
 from archsearch.data import DataSource, load_data
 from archsearch.errors import UsageError
 from archsearch.gathers import add_gathers
-from archsearch.latency.table import LatencyTable
 from archsearch.models import ModelSource, pretrained, resolve
-from archsearch.on_device import aimed, elsewhere, measured, note, predicted, verdict
+from archsearch.on_device import Device, aimed, device_of, measured, note, predicted, verdict
 from archsearch.pipeline import Found
 from archsearch.pipeline import find as run_plan
 from archsearch.plan import Plan
@@ -28,6 +27,16 @@ from archsearch.targets import Resource, Target
 from archsearch.trainer import Say, Trainer, check_classes, is_main
 from archsearch.training.callbacks import Callback
 from archsearch.training.evaluation import resolve_device
+
+if TYPE_CHECKING:
+    from archsearch.search.asked import Asked
+    from archsearch.search.driver import Searched
+
+SEARCH = "search"
+"""The method that is no pruner: many networks are trained."""
+
+PROXY = "l1_norm"
+"""The pruner that a search starts from where none is named."""
 
 
 def default_recipe(data: str) -> str:
@@ -45,9 +54,11 @@ def find(
     latency: str | float | None = None,
     table: str | Path | None = None,
     other_device: bool = False,
+    runtime: str | Mapping[str, Any] | None = None,
     preset: str | None = None,
     method: str = "l1_norm",
     options: Mapping[str, Any] | None = None,
+    search: Mapping[str, Any] | None = None,
     allocation: str | None = None,
     space: SearchSpace | None = None,
     steps: int = 1,
@@ -91,8 +102,12 @@ def find(
         latency: Latency on the device of the table, a share or a time, such as ``"1.2ms"``.
         table: File that ``archsearch profile`` made on that device.
         other_device: Whether it may be another one than this; what is found is then not measured.
+        runtime: In place of a table, what runs the network on this machine: a name, such as
+            ``"onnxruntime"``, or with it other fields of ``archsearch.latency.meter.Settings``. Its table is
+            in the store; where there is none yet, it is measured first.
         preset: Published widths, such as ``"resnet56-a"``, in place of a target.
-        method: The pruner; ``archsearch list pruners``.
+        method: The pruner; ``archsearch list pruners``; or ``"search"``, which trains many networks.
+        search: With ``"search"``: how, such as ``{"trials": 200}``; the arguments of ``search`` below.
         options: Its hyper-parameters, such as ``{"strength": 1e-4}``; the others are as published.
         allocation: How scores become widths: ``"local"`` or ``"global"``; by default the method's own.
         space: Which widths are allowed.
@@ -153,9 +168,12 @@ def find(
     name = "your own" if data is None or isinstance(data, DataSource) else data
     chosen_recipe = recipe if isinstance(recipe, Recipe) else RECIPES[recipe or default_recipe(name)]
     chosen_recipe = chosen_recipe.with_(**(recipe_changes or {}))
+    searches = method == SEARCH
+    if search is not None and not searches:
+        raise UsageError(f"search says how to search: give method={SEARCH!r}, not {method!r}")
     plan = Plan(
         targets=targets,
-        method=method,
+        method=(search or {}).get("proxy", PROXY) if searches else method,
         options=options or {},
         allocation=allocation,
         preset=chosen,
@@ -171,6 +189,9 @@ def find(
         seeds=seeds,
         seed=seed,
     )
+    sought = _asked(search or {}, plan, data, data_options, trust_code) if searches else None
+    if sought is not None and out is None:
+        raise UsageError("a search keeps its study in a directory: give out")
     # Names are checked before data is read.
     source = resolve(model, trust_code=trust_code) if isinstance(model, str) else model
     given = published_weights(source, weights) if isinstance(source, ModelSource) else None
@@ -193,17 +214,18 @@ def find(
     if source_data is not None:
         check_classes(traced, source_data)
         trainer = Trainer(source_data, device, Path(store), say, callbacks)
-    if (latency is None) != (table is None):
-        raise UsageError("--latency and --table go together: the table says how long widths take")
-    timed = None
-    if table is not None:
-        timed = LatencyTable.read(table)
-        away = elsewhere(timed)
-        if away and not other_device:
-            raise UsageError(
-                f"{table} was measured elsewhere ({away}): profile this device, or give --other-device"
-            )
-        traced, aimed_space = aimed(traced, plan.space, timed)
+    aim = device_of(
+        latency,
+        table,
+        other_device,
+        runtime=runtime,
+        traced=traced,
+        device=device,
+        store=Path(store),
+        say=say,
+    )
+    if aim is not None and sought is None:
+        traced, aimed_space = aimed(traced, plan.space, aim.table)
         plan = replace(plan, space=aimed_space)
     facts = {
         **(conditions or {}),
@@ -213,6 +235,21 @@ def find(
         "versions": environment(),
         "date": time.strftime("%Y-%m-%d"),
     }
+    if sought is not None:
+        if trainer is None:
+            raise UsageError("a search trains networks: give data")
+        return _search(
+            traced,
+            trainer,
+            sought,
+            aim,
+            out=Path(out or "."),
+            weights=weights,
+            trained=trained,
+            trust_code=trust_code,
+            conditions=facts,
+            say=say,
+        )
     found = run_plan(
         traced,
         plan,
@@ -223,19 +260,109 @@ def find(
         conditions=facts,
         say=say,
     )
-    if timed is None:
+    if aim is None:
         return found
     widths = {name: group.width for name, group in found.architecture.widths.items()}
-    seen = predicted(timed, widths)
+    seen = predicted(aim.table, widths)
     path = Path(out) / "architecture.yaml" if out is not None else None
     if path is not None and is_main():
-        if not away:
+        if aim.here:
             seen = measured(path, seen, trust_code=trust_code, say=say)
         record = Record({**found.record.conditions, "latency": seen}, found.record.arms)
         record.write(path.parent)
         found = replace(found, architecture=note(path, seen), record=record)
     say(verdict(seen, targets))
     return found
+
+
+def search(
+    model: str | nn.Module | None = None,
+    *,
+    out: str | Path,
+    trials: int = 100,
+    objective: str = "short",
+    short: float = 0.25,
+    sampler: str = "model",
+    thompson: float = 0.0,
+    rungs: str | None = None,
+    proxy: str = "l1_norm",
+    calibrate: int = 0,
+    finals: int = 3,
+    top: int | None = None,
+    baselines: Sequence[str] | None = None,
+    jobs: int = 1,
+    engine: str | None = None,
+    engine_options: Mapping[str, Any] | None = None,
+    storage: str | None = None,
+    budget: str = "scratch-e",
+    **options: Any,
+) -> Searched:
+    """Search the widths that train best at a target; the same call goes on where it was killed.
+
+    Args:
+        model: As for ``find``.
+        out: Directory of the study and the results.
+        trials: How many networks to look at.
+        objective: What they are worth: ``"proxy"``, ``"inherit"``, ``"short"`` or ``"full"``.
+        short: Share of the epochs with ``"short"``.
+        sampler: ``"model"``, or one of Optuna's to compare with.
+        thompson: Share of the model's trials that are drawn from what it believes so far.
+        rungs: Where trials are stopped early, in percent of their schedule, such as ``"25,50"``.
+        proxy: The pruner whose curves the model starts from; ``options`` holds its hyper-parameters.
+        calibrate: With how many networks to measure first how well each objective ranks.
+        finals: How many fresh seeds each finalist gets.
+        top: How many of the best trials are finalists.
+        baselines: Methods whose widths are finalists, each ``"NAME"`` or ``"NAME:ALLOCATION"``.
+        jobs: Trainings at once.
+        engine: Who trains: ``"inline"``, ``"local"``, ``"ray"`` or ``"slurm"``.
+        engine_options: Settings of the engine's own.
+        storage: Address of a PostgreSQL database that several drivers share.
+        budget: ``"scratch-e"`` or ``"scratch-b"``.
+        options: Further arguments of ``find``: targets, space, data, recipe and the like.
+
+    Raises:
+        ArchsearchError: If anything asked for cannot be; before anything long has started.
+    """
+    settings = {
+        "trials": trials,
+        "objective": objective,
+        "short": short,
+        "sampler": sampler,
+        "thompson": thompson,
+        "rungs": rungs,
+        "proxy": proxy,
+        "calibrate": calibrate,
+        "finals": finals,
+        "top": top,
+        "baselines": baselines,
+        "jobs": jobs,
+        "engine": engine,
+        "engine_options": engine_options,
+        "storage": storage,
+    }
+    found = find(model, method=SEARCH, search=settings, budget=budget, out=out, **options)
+    return cast("Searched", found)
+
+
+def _asked(
+    settings: Mapping[str, Any],
+    plan: Plan,
+    data: str | DataSource | None,
+    data_options: Mapping[str, Any] | None,
+    trust_code: bool,
+) -> Asked:
+    from archsearch.search.asked import asked  # Optuna takes long to import
+
+    name = data if isinstance(data, str) else None
+    return asked(settings, plan, data=name, data_options=data_options or {}, trust_code=trust_code)
+
+
+def _search(traced: Traced, trainer: Trainer, asked: Asked, aim: Device | None, **more: Any) -> Searched:
+    from archsearch.search.driver import search as run_search  # Optuna takes long to import
+
+    return run_search(
+        traced, asked.quest, trainer, crew=asked.crew, storage=asked.storage, device=aim, **more
+    )
 
 
 def published_weights(source: ModelSource, weights: str | None) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from inspect import getdoc
@@ -83,6 +84,28 @@ def _criteria(pattern: str) -> Iterable[str]:
         yield f"{name:<12} {_first_line(criterion)} [{'; '.join([*facts, *needs])}]"
 
 
+def _engines(pattern: str) -> Iterable[str]:
+    from archsearch.search.engines import ENGINES
+
+    return _documented(ENGINES, pattern)
+
+
+def _samplers(pattern: str) -> Iterable[str]:
+    from archsearch.search.sampler import MODEL, SAMPLERS
+
+    about = {MODEL: "space-filling points, and an additive model of all values that recommends widths"}
+    for name in sorted([MODEL, *SAMPLERS]):
+        if fnmatch.fnmatchcase(name, pattern):
+            yield f"{name:<14} {about.get(name, 'of Optuna, on projected points; recommends its best trial')}"
+
+
+def _objectives(pattern: str) -> Iterable[str]:
+    from archsearch.search.objectives import OBJECTIVES
+
+    for name in OBJECTIVES.names(pattern):
+        yield f"{name:<14} {OBJECTIVES[name].about}"
+
+
 def _documented(registry: Registry[Any], pattern: str) -> Iterable[str]:
     for name in registry.names(pattern):
         thing = registry[name]
@@ -113,4 +136,7 @@ CATALOGUES: Mapping[str, Callable[[str], Iterable[str]]] = {
     "budgets": _budgets,
     "presets": _presets,
     "criteria": _criteria,
+    "samplers": _samplers,
+    "objectives": _objectives,
+    "engines": _engines,
 }

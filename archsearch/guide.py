@@ -71,7 +71,9 @@ def guide(
     if targets:
         widths = solve(traced.cost, _priorities(share_of, sizes), allowed, targets)
     else:
-        widths = {name: _nearest(share_of[name] * size, allowed[name]) for name, size in sizes.items()}
+        widths = allowed.together(
+            {name: _nearest(share_of[name] * size, allowed[name]) for name, size in sizes.items()}
+        )
     verified = traced.verify({name: np.arange(width) for name, width in widths.items()})
     if not verified.ok:
         raise ArchsearchError(f"the guided {traced.name} {verified.problem}; this is a bug of archsearch")

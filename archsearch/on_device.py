@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -18,15 +18,97 @@ from archsearch import files
 from archsearch.architecture import Architecture
 from archsearch.cost import CostModel, Latency
 from archsearch.errors import ArchsearchError, SpecError, UsageError
+from archsearch.latency.devices import opened
 from archsearch.latency.fingerprint import differences
+from archsearch.latency.library import own_table
 from archsearch.latency.measure import fingerprint
+from archsearch.latency.meter import Settings
+from archsearch.latency.runtimes import check
 from archsearch.latency.table import LatencyTable
 from archsearch.rebuild import Traced
-from archsearch.space import SearchSpace
+from archsearch.space import Bounds, SearchSpace
 from archsearch.targets import Target
+from archsearch.training.evaluation import resolve_device
 
 PROCESSES = 3  # fresh ones: memory and caches lie differently in each
 _CONDITIONS = ("runtime", "device", "dtype", "batch", "threads", "channels_last")
+
+
+@dataclass(frozen=True)
+class Device:
+    """Whose latency counts.
+
+    Attributes:
+        table: What was measured on it.
+        here: Whether it is this machine, so that what is found can be measured.
+    """
+
+    table: LatencyTable
+    here: bool
+
+
+def device_of(
+    latency: object,
+    table: str | Path | None,
+    other_device: bool = False,
+    *,
+    runtime: str | Mapping[str, Any] | None = None,
+    traced: Traced | None = None,
+    device: str = "auto",
+    store: Path = Path("runs"),
+    say: Callable[[str], None] = lambda line: None,
+) -> Device | None:
+    """Return the device that a latency target is about; ``None`` where there is none.
+
+    Args:
+        latency: The target, if any.
+        table: File of the device's table.
+        other_device: Whether it may be another one than this.
+        runtime: In place of a table: what runs the network on this machine, by name or with other fields of
+            ``Settings``. Its table is in the store, or is measured now.
+        traced: The network that is to run.
+        device: Of this machine, with a runtime.
+        store: Where this machine's tables are, under ``latency``.
+        say: Takes lines for the user.
+
+    Raises:
+        UsageError: If target, table and runtime do not go together, or the table was measured elsewhere.
+    """
+    if table is not None and runtime is not None:
+        raise UsageError("--table and --runtime exclude each other: a table knows what it was measured with")
+    if (latency is None) != (table is None and runtime is None):
+        raise UsageError(
+            "--latency goes with --table FILE, which says how long widths take, or with --runtime NAME, to "
+            "have that measured here"
+        )
+    if runtime is not None and traced is not None:
+        settings = _settings(runtime, device)
+        return Device(own_table(traced, allowed_of(traced), settings, store / "latency", say=say), here=True)
+    if table is None:
+        return None
+    read = LatencyTable.read(table)
+    away = elsewhere(read)
+    if away and not other_device:
+        raise UsageError(
+            f"{table} was measured elsewhere ({away}): profile this device, or give --other-device"
+        )
+    return Device(read, here=not away)
+
+
+def allowed_of(traced: Traced) -> Callable[[int], Mapping[str, Any]]:
+    """Return what gives the widths that a table of a network knows, by its quantum."""
+    return lambda quantum: SearchSpace(Bounds(round_to=quantum)).allowed(traced.graph)
+
+
+def _settings(runtime: str | Mapping[str, Any], device: str) -> Settings:
+    """Return how to measure on this machine."""
+    words = {"runtime": runtime} if isinstance(runtime, str) else dict(runtime)
+    unknown = sorted(words.keys() - {field.name for field in fields(Settings)})
+    if unknown or "runtime" not in words:
+        raise UsageError(f"runtime: {', '.join(unknown) or 'no name'}: give a name, or fields of Settings")
+    settings = Settings(**{"device": str(resolve_device(device)), **words})
+    check(settings.runtime, opened(settings.device), settings.dtype)
+    return settings
 
 
 def aimed(traced: Traced, space: SearchSpace, table: LatencyTable) -> tuple[Traced, SearchSpace]:

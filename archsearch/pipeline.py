@@ -113,6 +113,30 @@ def find(
     return Found(architecture, model, record, selection, written)
 
 
+def widths_by(
+    traced: Traced,
+    plan: Plan,
+    trainer: Trainer,
+    *,
+    weights: str | None = None,
+    trained: bool = False,
+    say: Say = lambda line: None,
+) -> dict[str, int]:
+    """Return the widths that a method finds; trains what it prunes, and nothing of what it finds.
+
+    Args:
+        traced: The reference network.
+        plan: What to find.
+        trainer: Trains the reference; a blind one leaves the test set alone.
+        weights: As for ``find``.
+        trained: As for ``find``.
+        say: Takes lines for the user.
+    """
+    search = _Search(traced, plan, trainer, say)
+    _, reference = search.references(weights, trained)
+    return {name: len(kept) for name, kept in search.prune(reference).selection.items()}
+
+
 class _Search:
     """One run of ``find``."""
 
@@ -271,12 +295,12 @@ class _Search:
         return self._fresh(self._traced.graph.sizes, seed)
 
     def _accuracies(self, model: nn.Module) -> tuple[float, ...]:
-        """Return the test accuracy of a network as it is; nothing without data."""
+        """Return the accuracy of a network as it is; nothing without data."""
         trainer = self._trainer
         if trainer is None:
             return ()
         batch_size = self._plan.recipe.batch_size
-        return (evaluate(model, trainer.data.test, batch_size, trainer.device).accuracy,)
+        return (evaluate(model, trainer.measuring, batch_size, trainer.device).accuracy,)
 
     @property
     def _seeds(self) -> range:

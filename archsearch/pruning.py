@@ -99,7 +99,7 @@ def prune(
                 f"{traced.name}: give --steps 1"
             )
         cost = CostModel(model, graph, traced.cost.latency)
-        allowed = {name: allowed[name][allowed[name] <= width] for name, width in graph.sizes.items()}
+        allowed = allowed.up_to(graph.sizes)
         next_widths = uniform_widths(cost, allowed, targets_at(plan, traced.cost, step + 1))
         learned = recover(model, graph, next_widths, step)
     return Pruned(selection, model)

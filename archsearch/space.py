@@ -1,4 +1,4 @@
-"""Which widths a group may have: floors, multiples, and layers that stay as they are."""
+"""Which widths a group may have: floors, multiples, layers that stay as they are, and ties of groups."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil, floor
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from archsearch.errors import SpecError, UsageError
 from archsearch.files import read_yaml
 from archsearch.graph import STAYS, ChannelGraph, ChannelGroup, layer_of
-
-Widths: TypeAlias = npt.NDArray[np.int64]
+from archsearch.ties import Allowed
+from archsearch.ties import Widths as Widths
 
 
 @dataclass(frozen=True)
@@ -58,6 +56,8 @@ class SearchSpace:
         known: Widths of each group beyond which nothing may go, such as those that a latency table knows.
         drop_branches: Whether the groups of a residual branch may have width 0, all together, so that the
             shortcut alone is left.
+        ties: Patterns, as for ``groups``; those that stand together tie all groups that one of them matches,
+            which then keep the same share.
     """
 
     bounds: Bounds = Bounds()
@@ -65,19 +65,23 @@ class SearchSpace:
     ignore: Sequence[str] = ()
     drop_branches: bool = False
     known: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    ties: Sequence[Sequence[str]] = ()
 
     @classmethod
     def read(cls, path: str | Path) -> SearchSpace:
-        """Read a space from YAML: ``bounds``, ``groups``, ``ignore`` and ``drop_branches`` as above.
+        """Read a space from YAML: ``bounds``, ``groups``, ``ignore``, ``drop_branches``, ``ties`` as above.
+
+        Of a tie, one pattern may stand without brackets.
 
         Raises:
             SpecError: If the file breaks a rule; says which.
         """
         content = read_yaml(path).data
-        unknown = content.keys() - {"bounds", "groups", "ignore", "drop_branches"}
+        unknown = content.keys() - {"bounds", "groups", "ignore", "drop_branches", "ties"}
         if unknown:
             raise SpecError(
-                f"{path}: {sorted(unknown)[0]}: unknown; known are bounds, groups, ignore and drop_branches"
+                f"{path}: {sorted(unknown)[0]}: unknown; known are bounds, groups, ignore, drop_branches "
+                "and ties"
             )
         ignore = content.get("ignore", [])
         if not isinstance(ignore, list) or not all(isinstance(pattern, str) for pattern in ignore):
@@ -91,14 +95,15 @@ class SearchSpace:
         bounds = _bounds(Bounds(), content.get("bounds", {}), f"{path}: bounds")
         for pattern, exceptions in groups.items():
             _bounds(bounds, exceptions, f"{path}: groups.{pattern}")
-        return cls(bounds, groups, tuple(ignore), drop_branches)
+        ties = _ties(content.get("ties", []), f"{path}: ties")
+        return cls(bounds, groups, tuple(ignore), drop_branches, ties=ties)
 
-    def allowed(self, graph: ChannelGraph) -> dict[str, Widths]:
+    def allowed(self, graph: ChannelGraph) -> Allowed:
         """Return the widths that each group may have, rising; never empty.
 
         Raises:
-            UsageError: If a pattern matches nothing in the network, or branches are to be dropped where none
-                may vanish.
+            UsageError: If a pattern matches nothing in the network, branches are to be dropped where none
+                may vanish, or groups cannot be tied.
         """
         layers = {name: _layers(group) for name, group in graph.groups.items()}
         frozen = {layer.layer for layer in graph.frozen}
@@ -121,9 +126,13 @@ class SearchSpace:
                 widths[name] = np.intersect1d(widths[name], np.array(self.known[name], dtype=np.int64))
                 if not len(widths[name]):
                     raise UsageError(f"no allowed width of {name} is in the latency table: loosen the bounds")
-        for name in self._droppable(graph):
-            widths[name] = np.concatenate([[0], widths[name]])
-        return widths
+        droppable = self._droppable(graph)
+        allowed = Allowed(widths)
+        for patterns in self.ties:
+            allowed = allowed.tied(_matched(patterns, layers, droppable), graph.sizes, ", ".join(patterns))
+        for name in droppable:
+            allowed[name] = np.concatenate([[0], allowed[name]])
+        return allowed
 
     def _droppable(self, graph: ChannelGraph) -> list[str]:
         """Return the groups of the branches that may vanish and hold no layer to ignore."""
@@ -140,6 +149,41 @@ class SearchSpace:
             if not any(fnmatch.filter({*branch.layers, *branch.groups}, pattern) for pattern in self.ignore)
             for name in branch.groups
         ]
+
+
+def _matched(
+    patterns: Sequence[str], layers: Mapping[str, Sequence[str]], droppable: Sequence[str]
+) -> list[str]:
+    """Return the groups that the patterns of a tie match."""
+    for pattern in patterns:
+        if not any(fnmatch.filter(names, pattern) for names in layers.values()):
+            raise UsageError(
+                f"ties: the pattern '{pattern}' matches no channel group; `archsearch show` lists the names"
+            )
+    matched = [
+        name for name, names in layers.items() if any(fnmatch.filter(names, pattern) for pattern in patterns)
+    ]
+    if len(matched) < 2:
+        raise UsageError(
+            f"ties: {', '.join(patterns)} matches {matched[0]} alone: a tie is of 2 groups or more"
+        )
+    for name in matched:
+        if name in droppable:
+            raise UsageError(
+                f"ties: {name} is in a residual branch that may vanish, and cannot be tied: ignore one of "
+                "the branch's layers, or leave drop_branches out"
+            )
+    return matched
+
+
+def _ties(content: object, where: str) -> tuple[tuple[str, ...], ...]:
+    if not isinstance(content, list):
+        raise SpecError(f"{where}: must be a list of patterns such as 'layer1.*', or of lists of patterns")
+    ties = [[tie] if isinstance(tie, str) else tie for tie in content]
+    for tie in ties:
+        if not isinstance(tie, list) or not tie or not all(isinstance(pattern, str) for pattern in tie):
+            raise SpecError(f"{where}: {tie!r} is no pattern such as 'layer1.*' and no list of patterns")
+    return tuple(map(tuple, ties))
 
 
 def _layers(group: ChannelGroup) -> list[str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,19 @@ from torch import Tensor, nn
 from archsearch import files
 from archsearch.cost import Cost
 from archsearch.data import DataSource
-from archsearch.errors import IntegrityError, UsageError
+from archsearch.errors import IntegrityError, StorageError, UsageError
 from archsearch.rebuild import Traced
 from archsearch.recipe import Recipe
 from archsearch.results import Arm
 from archsearch.training.callbacks import Callback, MetricsFile
 from archsearch.training.directory import describe
-from archsearch.training.evaluation import evaluate, resolve_device
-from archsearch.training.loop import train
+from archsearch.training.evaluation import Split, evaluate, resolve_device
+from archsearch.training.loop import TrainResult, train
 
 Say = Callable[[str], None]
+
+WAIT_S = 1.0
+"""Pause before a training that another process has is asked for again."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,9 @@ class Trainer:
         say: Takes lines for the user.
         callbacks: Makes a training's callbacks from its label and directory.
         checkpoint_every_s: Seconds between checkpoints inside an epoch.
+        blind: Whether the test set stays closed: accuracies are then those of the validation images after
+            the last epoch. The trainings are the same, so that a trainer that sees finds them again.
+        waits: Whether a training that another process is at is waited for, or an error.
     """
 
     data: DataSource
@@ -46,6 +53,25 @@ class Trainer:
     say: Say = lambda line: None
     callbacks: Callable[[str, Path], Sequence[Callback]] = lambda label, directory: ()
     checkpoint_every_s: float = 300.0
+    blind: bool = False
+    waits: bool = False
+
+    def blinded(self) -> Trainer:
+        """Return the same trainer with the test set closed; of single trainings it says nothing.
+
+        Raises:
+            UsageError: If there are no validation images.
+        """
+        if not len(self.data.validation):
+            raise UsageError(
+                f"{self.data.name} has no validation images, which a search chooses on: take another data set"
+            )
+        return replace(self, blind=True, say=lambda line: None)
+
+    @property
+    def measuring(self) -> Split:
+        """The images that accuracies are of: the test set, or the validation images of a blind trainer."""
+        return self.data.validation if self.blind else self.data.test
 
     def train(
         self,
@@ -60,6 +86,8 @@ class Trainer:
     ) -> Trained:
         """Train a network, or find that it was trained before, and measure it on the test set.
 
+        A blind trainer measures on the validation images.
+
         Args:
             label: What the user calls it.
             model: Is trained in place.
@@ -73,25 +101,48 @@ class Trainer:
         identity = {"data": self.data.fingerprint, **(identity or {})}
         facts |= {"start step": start_step} if start_step else {}
         directory = self.store / "trainings" / _key({**facts, **identity})
-        result = train(
-            model,
-            self.data.train,
-            self.data.validation,
-            recipe,
-            seed=seed,
-            directory=directory,
-            device=self.device,
-            callbacks=[*callbacks, MetricsFile(directory / "metrics.csv"), *self.callbacks(label, directory)],
-            checkpoint_every_s=self.checkpoint_every_s,
-            identity=identity,
-            start_step=start_step,
+        seen = [*callbacks, MetricsFile(directory / "metrics.csv"), *self.callbacks(label, directory)]
+        result = self._when_free(
+            lambda: train(
+                model,
+                self.data.train,
+                self.data.validation,
+                recipe,
+                seed=seed,
+                directory=directory,
+                device=self.device,
+                callbacks=seen,
+                checkpoint_every_s=self.checkpoint_every_s,
+                identity=identity,
+                start_step=start_step,
+            ),
+            label,
         )
-        accuracy = self._test_accuracy(result.model, recipe, directory)
+        if self.blind:
+            accuracy, images = result.last_accuracy, "validation images"
+        else:
+            accuracy, images = self._test_accuracy(result.model, recipe, directory), "test set"
+        if accuracy is None:
+            raise UsageError(f"{self.data.name} has no validation images, which a blind trainer measures on")
         how = "trained before, read from" if result.reused else "kept in"
         self.say(
-            f"{label}: {accuracy:.2f} % on the test set after {result.epochs} epochs ({how} {directory})"
+            f"{label}: {accuracy:.2f} % on the {images} after {result.epochs} epochs ({how} {directory})"
         )
         return Trained(result.model, accuracy, result.epochs, result.seconds, directory)
+
+    def _when_free(self, train: Callable[[], TrainResult], label: str) -> TrainResult:
+        """Train; where another process is at the same training, wait for its end if that is wished."""
+        told = False
+        while True:
+            try:
+                return train()
+            except StorageError as error:  # raised before anything has begun
+                if not self.waits:
+                    raise
+                if not told:
+                    self.say(f"{label}: waits: {error}")
+                told = True
+                time.sleep(WAIT_S)
 
     def steps_per_epoch(self, recipe: Recipe) -> int:
         """Return how many steps an epoch of a training takes."""
@@ -117,7 +168,7 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained network with its test accuracy in percent, and the directory of its training."""
+    """A trained network with its accuracy in percent (a blind trainer's: of the validation images)."""
 
     model: nn.Module
     accuracy: float

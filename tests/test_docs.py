@@ -27,6 +27,9 @@ from archsearch.presets import PRESETS
 from archsearch.pruners import PRUNERS, Context
 from archsearch.rebuild import Traced, trace_architecture, trace_source
 from archsearch.recipe import BUDGETS, RECIPES, Recipe
+from archsearch.search.engines import ENGINES
+from archsearch.search.objectives import OBJECTIVES
+from archsearch.search.sampler import MODEL, SAMPLERS
 from archsearch.space import SearchSpace
 from archsearch.sparsity.criteria import CRITERIA
 from archsearch.targets import Target
@@ -156,6 +159,9 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
         ("presets", PRESETS),
         ("data", DATASETS),
         ("models", MODELS),
+        ("samplers", [MODEL, *SAMPLERS]),
+        ("engines", ENGINES),
+        ("objectives", OBJECTIVES),
         ("fields", list(Recipe.__dataclass_fields__)),
     ],
 )
@@ -303,7 +309,7 @@ def widths_in(space: Path, traced: Traced, keep: str) -> dict[str, int]:
 
 
 def test_there_are_search_spaces() -> None:
-    assert {space.stem for space in SPACES} == {"tensor_cores", "inner_layers", "gentle"}
+    assert {space.stem for space in SPACES} == {"tensor_cores", "inner_layers", "gentle", "tied_stages"}
 
 
 def test_tensor_cores_leaves_multiples_of_eight(resnet20: Traced) -> None:
@@ -323,6 +329,13 @@ def test_inner_layers_leaves_the_residual_stream(model: str, arguments: dict[str
     for name, size in traced.graph.sizes.items():
         inner = re.fullmatch(r"layer\d\.\d\.conv1", name)
         assert widths[name] < size if inner else widths[name] == size
+
+
+def test_tied_stages_keep_one_share_a_stage(resnet20: Traced) -> None:
+    widths = widths_in(ROOT / "search_spaces" / "tied_stages.yaml", resnet20, "0.5")
+    for stage in "123":
+        assert len({widths[f"layer{stage}.{block}.conv1"] for block in range(3)}) == 1
+    assert widths["conv1"] == 16 and widths["layer3.0.conv1"] < 64
 
 
 def test_gentle_leaves_no_bottleneck(resnet20: Traced) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -42,7 +43,7 @@ class Constant(nn.Module):
         self.hidden = [width]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x).reshape(2, self.hidden[0] * 144)
+        return self.conv(x).reshape(2, self.hidden[0], 144)
 
 
 @pytest.fixture(autouse=True)
@@ -88,10 +89,54 @@ def test_networks_of_one_code_are_exported_once_and_each_computes_its_own(export
     assert len(exports) == 1
 
 
+def test_cells_with_other_input_channels_share_an_export(exports: list[nn.Module]) -> None:
+    for channels in (3, 5, 1):
+        model = nn.Sequential(nn.Conv2d(channels, 4, 3), nn.BatchNorm2d(4)).eval()
+        example = torch.randn(2, channels, 12, 12)
+
+        def start(model_bytes: bytes, example: Tensor = example) -> Engine:
+            session = onnxruntime.InferenceSession(model_bytes, providers=["CPUExecutionProvider"])
+            last = session.run(None, {session.get_inputs()[0].name: example.numpy()})
+            return Engine(lambda: None, lambda: [torch.from_numpy(array) for array in last])
+
+        start_engine(model, example, start)
+    assert len(exports) == 1
+
+
+def test_a_flattening_takes_the_channels_that_come(exports: list[nn.Module]) -> None:
+    for width in (4, 6):
+        layers = nn.Conv2d(3, width, 3), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * width, 5)
+        start_engine(nn.Sequential(*layers).eval(), EXAMPLE, started)
+    assert len(exports) == 1
+
+
+def test_an_engine_gets_the_graph_that_people_deploy(exports: list[nn.Module]) -> None:
+    """Else nothing is fused: as it is traced, a convolution without a bias has a computed one."""
+    onnx = pytest.importorskip("onnx")
+    seen: list[list[str]] = []
+
+    def start(model_bytes: bytes) -> Engine:
+        seen.append(sorted(node.op_type for node in onnx.load_from_string(model_bytes).graph.node))
+        return started(model_bytes)
+
+    models = [random_block(0, 4, 6), random_block(1, 5, 7)]
+    for model in models:
+        start_engine(model, EXAMPLE, start)
+    assert len(exports) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(models[1], (EXAMPLE,), dynamo=True, opset_version=18, verbose=False)
+    deployed = sorted(node.op_type for node in program.model_proto.graph.node)
+    assert "BatchNormalization" not in deployed
+    assert seen == [deployed, deployed]
+
+
 def test_another_stride_is_another_code() -> None:
     one, other = random_block(0, 4, 6), random_block(0, 4, 6, 2)
     assert code_of(one, EXAMPLE) != code_of(other, EXAMPLE)
     assert code_of(one, EXAMPLE) == code_of(random_block(1, 7, 9), EXAMPLE)
+    assert code_of(one, EXAMPLE) == code_of(one, EXAMPLE[:, :1])
+    assert code_of(one, EXAMPLE) != code_of(one, EXAMPLE[..., 1:])
     assert code_of(one, EXAMPLE) != code_of(one, EXAMPLE[:1])
     assert code_of(one, EXAMPLE) != code_of(random_block(0, 4, 6).double(), EXAMPLE)
 
@@ -129,9 +174,10 @@ def test_few_graphs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
             return b""
 
     monkeypatch.setattr(module, "export", lambda *args, **kwargs: Sink())
-    monkeypatch.setattr(module, "_without_tensors", lambda proto, tensors: proto)
+    monkeypatch.setattr(module, "folded", lambda graph: graph)
+    monkeypatch.setattr(module, "_without_tensors", lambda graph, tensors: graph)
     model = nn.Identity()
-    for size in range(1, 30):
+    for size in range(1, module.GRAPHS_KEPT + 10):
         example = torch.zeros(size, 1)
         engine = Engine(lambda: None, partial(list, [example]))
         start_engine(model, example, lambda content, engine=engine: engine)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from archsearch.errors import UsageError
 from archsearch.latency.boundary import Boundary
 from archsearch.latency.cells import Cell, Form, Layer, Signature
-from archsearch.latency.predict import Correction, Features, Knots, Predictor, reachable
+from archsearch.latency.correction import Correction
+from archsearch.latency.predict import Features, Knots, Predictor, reachable
 from archsearch.latency.quantum import PROBES, Staircase, find_quantum, steps_of
 
 CONV = Signature(kind="conv", size=(4, 4), kernel=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1))
@@ -34,9 +35,16 @@ def test_the_sum_of_the_cells_is_looked_up() -> None:
     assert found.tolist() == [
         (3 + 1600) + (16 + 5600),
         16 * (16 + 56),  # pixels times what is made
-        16 * (3 + 16),
+        0,  # all that is made comes in multiples of four
         9 * (3 * 16 + 16 * 56),
     ]
+
+
+def test_channels_that_are_no_multiple_of_four_are_ragged() -> None:
+    layers = (LAYERS[0].model_copy(update={"makes": Form(constant=1, groups={"a": 1})}), LAYERS[1])
+    channels = np.array([3, 8, 16, 24, 40, 56])
+    knots = Knots(channels, channels, np.add.outer(channels * 1.0, channels * 1.0))
+    assert Features(layers, WIDTHS, {CONV: knots}).of(np.array([[16, 24]]))[0, 2] == 16 * 17
 
 
 def test_macs_are_those_of_the_layers() -> None:
@@ -90,6 +98,64 @@ def test_no_coefficient_is_negative() -> None:
     found = Correction.fit(columns, 3 - columns[:, 0] + columns[:, 1])
     assert found.coefficients.min() >= 0
     assert found.constant_ms >= 0
+
+
+def test_weights_that_stay_in_the_caches_are_free() -> None:
+    generator = np.random.default_rng(0)
+    columns = generator.uniform(1, 8, (220, 2))
+    ms = (columns[:, 0] + 2 * np.maximum(columns[:, 1] - 2, 0) + 0.5) * generator.normal(1, 0.01, 220)
+    found = Correction.fit(columns[:20], ms[:20], columns[:20, :1])
+    assert found.free_weights == pytest.approx(2, rel=0.3)
+    assert found.coefficients[1] == pytest.approx(2, rel=0.2)
+    new = columns[20:]
+    predicted = new[:, 0] * found.of_signature(0)[0] + found.beyond_caches_ms(new[:, 1]) + found.constant_ms
+    plain = Correction.fit(columns[:20], ms[:20])
+    without = new @ plain.coefficients + plain.constant_ms
+    assert np.abs(predicted / ms[20:] - 1).mean() < 0.3 * np.abs(without / ms[20:] - 1).mean()
+
+
+def test_a_predictor_counts_weights_beyond_the_caches_once() -> None:
+    table = features()
+    row = np.array([[16, 24]])
+    weights = 9 * (3 * 16 + 16 * 56)
+    assert table.weights(row).tolist() == [weights]
+    assert table.of(row)[0, 3] == weights
+    all_count = Correction(np.array([1.0, 0, 0, 0.5]), 0.1, 0.01, 15)
+    some_are_free = Correction(np.array([1.0, 0, 0, 0.5]), 0.1, 0.01, 15, free_weights=100.0)
+    none_counts = Correction(np.array([1.0, 0, 0, 0.5]), 0.1, 0.01, 15, free_weights=1e6)
+    ms = [float(Predictor(table, each)(row)[0][0]) for each in (none_counts, some_are_free, all_count)]
+    assert np.diff(ms) == pytest.approx([0.5 * (weights - 100), 50])
+
+
+def drawn(factors: object, noise: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the parts of 520 networks by signature, and what they take."""
+    generator = np.random.default_rng(seed)
+    parts = generator.uniform(1, 2, (520, 8))
+    return parts, (parts @ factors + 0.5) * generator.normal(1, noise, 520)  # type: ignore[operator]
+
+
+def held_out_error(parts: np.ndarray, ms: np.ndarray, *, factors: bool) -> float:
+    """Return the root mean square of the relative errors, fitted on the first twenty networks."""
+    sums = parts[:20].sum(1, keepdims=True)
+    columns = np.concatenate([sums, np.zeros_like(sums)], axis=1)  # no weights
+    found = Correction.fit(columns, ms[:20], parts[:20] if factors else None)
+    each = np.array([found.of_signature(number)[0] for number in range(8)])
+    errors = (parts[20:] @ each + found.constant_ms) / ms[20:] - 1
+    return float(np.sqrt(np.mean(np.square(errors))))
+
+
+def test_signatures_whose_cells_are_off_get_a_factor_of_their_own() -> None:
+    for seed in range(5):
+        networks = drawn(np.repeat([0.7, 1.3], 4), 0.01, seed)
+        assert held_out_error(*networks, factors=True) < 0.6 * held_out_error(*networks, factors=False)
+
+
+def test_factors_do_little_harm_where_there_is_noise_alone() -> None:
+    harm = [
+        held_out_error(*networks, factors=True) / held_out_error(*networks, factors=False)
+        for networks in (drawn(np.ones(8), 0.03, seed) for seed in range(10))
+    ]
+    assert np.mean(harm) < 1.3
 
 
 def test_the_interval_holds_as_many_new_networks_as_it_says() -> None:
@@ -236,3 +302,17 @@ def test_each_axis_of_a_kind_of_layers_has_its_own_step() -> None:
     assert steps_of(CONV, [], 4) == (4, 4)
     assert steps_of(CONV.model_copy(update={"groups": 0}), known, 4) == (1, 4)
     assert steps_of(CONV.model_copy(update={"groups": 8}), known, 4) == (1, 1)
+
+
+def test_a_probe_that_is_off_does_not_hide_the_steps_along_an_axis() -> None:
+    tall = np.array([*stairs(16)[:-1], 1.05 * stairs(16)[-1]])
+    assert curve(tall).quantum == 1  # no width is worth less than the last one
+    assert curve(tall).step(1) == 16
+    assert curve(stairs(1)).step(1) == 1
+    assert curve(stairs(32)).step(16) == 32
+    assert curve(stairs(16)).step(16) == 1  # all multiples are ends of steps
+
+
+def test_widths_between_multiples_have_no_say_in_the_steps_of_the_multiples() -> None:
+    slower = [cost * (1.3 if width % 4 else 1) for width, cost in zip(PROBES, stairs(16), strict=True)]
+    assert curve(slower).step(4) == 16

@@ -162,6 +162,15 @@ def test_equal_macs_are_equal() -> None:
     assert np.abs(NETWORK.cost.macs(rows) / target - 1).max() <= 0.02
 
 
+def test_where_half_of_the_macs_is_out_of_reach_there_are_equal_ones_all_the_same() -> None:
+    found = profiled(NETWORK, PaperDevice(block=16), round_to=16, held_out=20).run()
+    rows, _ = found.networks("equal-macs")
+    macs = NETWORK.cost.macs(rows)
+    assert len(rows) == 10
+    assert np.ptp(macs) <= 0.03 * macs.mean()
+    assert macs.min() > 0.5 * NETWORK.cost.reference.macs
+
+
 def test_random_networks_are_distinct_and_of_all_sizes() -> None:
     rows = random_widths(STEPS, 40, np.random.default_rng(0))
     assert len(np.unique(rows, axis=0)) == 40

@@ -14,6 +14,8 @@ from archsearch.api import find
 from archsearch.architecture import Architecture
 from archsearch.cli import main
 from archsearch.errors import InfeasibleError, SpecError, UsageError
+from archsearch.latency.library import own_table
+from archsearch.latency.meter import Settings
 from archsearch.latency.table import LatencyTable
 from archsearch.pruning import uniform_widths
 from archsearch.space import Bounds, SearchSpace
@@ -74,8 +76,66 @@ def test_latency_without_a_table_is_refused() -> None:
 
 @pytest.mark.parametrize("given", [{"latency": 0.5}, {"table": "t.json", "flops": 0.5}])
 def test_a_latency_goes_with_a_table(given: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="--latency and --table go together"):
+    with pytest.raises(UsageError, match="--latency goes with --table FILE"):
         find("resnet20", data=None, budget="none", **given)
+
+
+def test_a_table_and_a_runtime_exclude_each_other() -> None:
+    with pytest.raises(UsageError, match="exclude each other"):
+        find("resnet20", data=None, budget="none", latency=0.5, table="t.json", runtime="torch")
+    with pytest.raises(UsageError, match="--latency goes with"):
+        find("resnet20", data=None, budget="none", flops=0.5, runtime="torch")
+
+
+@pytest.mark.parametrize(
+    ("runtime", "message"),
+    [
+        ({"runtime": "torch", "speed": 3}, "speed: give a name, or fields"),
+        ({"batch": 3}, "no name"),
+        ({"runtime": "tensorrt"}, "does not run on cpu"),
+    ],
+)
+def test_a_runtime_that_cannot_be_is_refused_before_anything_is_measured(
+    runtime: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        on_device.device_of(0.5, None, runtime=runtime, traced=traced(), device="cpu")
+
+
+def test_the_table_of_this_machine_is_measured_once(tmp_path: Path) -> None:
+    device, said = PaperDevice(block=4), list[str]()
+
+    def table(**changes: Any) -> LatencyTable:
+        settings = Settings(**{"max_cells": 100, "calibration": 12, "held_out": 10, "round_to": 4, **changes})
+        allowed = on_device.allowed_of(traced())
+        return own_table(traced(), allowed, settings, tmp_path, meter=device, say=said.append)
+
+    first = table()
+    prepared = device.prepared
+    assert table().key == first.key
+    assert device.prepared == prepared
+    assert "there is no table of resnet20" in said[0]
+    assert any("takes about" in line for line in said)
+    assert table(batch=2).key != first.key
+    assert device.prepared > prepared
+    assert len(list(tmp_path.glob("resnet20-torch-cpu-b*-float32-*/dev.lat.json"))) == 2
+    assert not list(tmp_path.glob("*/*.part"))
+
+
+@pytest.mark.slow  # a real table, measured
+def test_a_runtime_in_place_of_a_table(tmp_path: Path) -> None:
+    runtime = {"runtime": "torch", "max_cells": 20, "calibration": 8, "held_out": 10, "blocks": 3}
+    given: dict[str, Any] = {
+        "latency": 0.9,
+        "runtime": runtime,
+        "data": None,
+        "budget": "none",
+        "device": "cpu",
+    }
+    given |= {"input_shape": (3, 32, 32), "store": tmp_path}
+    facts = [find("resnet20", **given).architecture for _ in range(2)]
+    assert facts[0] == facts[1]
+    assert len(list(tmp_path.glob("latency/*/dev.lat.json"))) == 1
 
 
 def test_the_table_of_another_device_is_refused_unless_that_is_said(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from functools import cache
 
 import numpy as np
@@ -13,7 +14,7 @@ from archsearch.errors import UnknownNameError, UsageError
 from archsearch.models import resolve
 from archsearch.rebuild import Traced, trace_source
 from archsearch.search.model import AdditiveModel, _above
-from archsearch.search.project import REACH, project
+from archsearch.search.project import REACH, free_groups, project
 from archsearch.search.sampler import SAMPLERS, WIDTHS, ModelSampler, make_sampler
 from archsearch.search.study import Surface
 from archsearch.space import SearchSpace
@@ -170,3 +171,23 @@ def test_wrong_names_and_shares_are_refused() -> None:
         SAMPLERS["tep"]
     with pytest.raises(UsageError, match="thompson"):
         ModelSampler(["a"], 0, thompson=2)
+
+
+@pytest.mark.slow
+def test_more_than_a_hundred_groups_and_three_hundred_trials_take_seconds() -> None:
+    traced = trace_source(resolve("torchvision/densenet121"), {}, (3, 224, 224))
+    cost, allowed, targets = traced.cost, SearchSpace().allowed(traced.graph), [Target.parse("flops", "0.5")]
+    names = free_groups(allowed)
+    assert len(names) > 110
+    sampler, generator = ModelSampler(names, 0), np.random.default_rng(0)
+    rows = np.array(
+        [cost.array(project(sampler.point(number), cost, allowed, targets)) for number in range(300)]
+    )
+    values = np.sqrt(rows / cost.sizes) @ generator.lognormal(0, 0.8, rows.shape[1])
+    values += values.std() * generator.normal(size=len(values))
+    learner = AdditiveModel(cost, allowed, targets)
+    start = time.process_time()
+    learner.tell(rows, values)
+    widths = learner.best()
+    assert time.process_time() - start < 8
+    assert cost.of(widths).macs <= targets[0].limit(cost.reference.macs)

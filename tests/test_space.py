@@ -13,6 +13,8 @@ from networks import NETWORKS
 from archsearch.errors import SpecError, UsageError
 from archsearch.graph import STAYS, ChannelGraph
 from archsearch.grouping import channel_graph
+from archsearch.models import resolve
+from archsearch.rebuild import trace_source
 from archsearch.space import Bounds, SearchSpace
 
 
@@ -154,6 +156,46 @@ def test_a_space_is_read_from_a_file(tmp_path: Path) -> None:
     }
 
 
+def test_ties_are_read_with_and_without_brackets(tmp_path: Path) -> None:
+    space = SearchSpace.read(write(tmp_path, "ties:\n  - layer1.*\n  - [layer2.*, fc]\n"))
+    assert space.ties == (("layer1.*",), ("layer2.*", "fc"))
+
+
+@pytest.mark.parametrize(
+    ("space", "words"),
+    [
+        (SearchSpace(ties=[["layer9.*"]]), r"the pattern 'layer9\.\*' matches no channel group"),
+        (SearchSpace(ties=[["conv1"]]), "conv1 matches conv1 alone"),
+        (SearchSpace(ties=[["conv1", "conv2"], ["conv*"]]), r"conv1 is in conv\* and in another tie"),
+        (
+            SearchSpace(Bounds(), {"conv1": {"max_keep": 0.3}, "conv2": {"min_keep": 0.6}}, ties=[["conv*"]]),
+            "no allowed share in common",
+        ),
+    ],
+)
+def test_ties_that_cannot_be_are_refused(space: SearchSpace, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        space.allowed(graph_of("Chain"))
+
+
+def test_tied_groups_keep_the_same_share_to_the_nearest_channel() -> None:
+    allowed = SearchSpace(ties=[["conv*"]]).allowed(graph_of("Chain"))  # of 8 and 12 channels
+    assert allowed["conv1"].tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert allowed["conv2"].tolist() == [2, 3, 5, 6, 8, 9, 11, 12]
+    assert allowed.ties == (("conv1", "conv2"),)
+
+
+def test_a_group_that_is_tied_to_an_ignored_one_stays_whole() -> None:
+    allowed = SearchSpace(ignore=["conv2"], ties=[["conv*"]]).allowed(graph_of("Chain"))
+    assert {name: steps.tolist() for name, steps in allowed.items()} == {"conv1": [8], "conv2": [12]}
+
+
+def test_branches_that_may_vanish_are_not_tied() -> None:
+    traced = trace_source(resolve("resnet20"), {}, (3, 32, 32)).with_branches()
+    with pytest.raises(UsageError, match="may vanish, and cannot be tied"):
+        SearchSpace(drop_branches=True, ties=[["layer1.*.conv1"]]).allowed(traced.graph)
+
+
 def test_an_empty_mapping_is_the_default_space(tmp_path: Path) -> None:
     assert SearchSpace.read(write(tmp_path, "{}\n")) == SearchSpace()
 
@@ -161,7 +203,7 @@ def test_an_empty_mapping_is_the_default_space(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("bound: {}\n", "bound: unknown; known are bounds, groups, ignore and drop_branches"),
+        ("bound: {}\n", "bound: unknown; known are bounds, groups, ignore, drop_branches and ties"),
         ("bounds: {keep: 0.5}\n", r"bounds\.keep: unknown; known are min_keep"),
         ("bounds: {min_keep: half}\n", r"bounds\.min_keep: must be a number, not 'half'"),
         ("bounds: {min_keep: true}\n", r"bounds\.min_keep: must be a number, not True"),
@@ -174,6 +216,9 @@ def test_an_empty_mapping_is_the_default_space(tmp_path: Path) -> None:
         ("groups: {conv1: 3}\n", r"groups\.conv1: must be a mapping"),
         ("ignore: fc\n", "ignore: must be a list of patterns"),
         ("ignore: [1]\n", "ignore: must be a list of patterns"),
+        ("ties: layer1.*\n", "ties: must be a list of patterns"),
+        ("ties: [[conv1], []]\n", r"ties: \[\] is no pattern"),
+        ("ties: [[conv1, 2]]\n", r"ties: \['conv1', 2\] is no pattern"),
         ("[]\n", "space.yaml"),
     ],
 )
@@ -185,8 +230,6 @@ def test_a_file_that_breaks_a_rule_is_refused_and_named(tmp_path: Path, text: st
 
 
 def test_patterns_name_layers_of_a_real_network() -> None:
-    from archsearch.models import resolve
-
     model = resolve("resnet20").build()
     graph = channel_graph(model, torch.randn(1, 3, 32, 32))
     widths = SearchSpace(Bounds(min_keep=0.5), {"layer3.*": {"max_keep": 0.75}}, ["layer1.*"]).allowed(graph)

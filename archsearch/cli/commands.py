@@ -8,6 +8,7 @@ from pathlib import Path
 
 from archsearch.cli import (
     compression_commands,
+    dashboard_commands,
     find_commands,
     guide_commands,
     latency_commands,
@@ -103,6 +104,7 @@ def run_list(options: argparse.Namespace) -> None:
 COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = {
     **find_commands.COMMANDS,
     **search_commands.COMMANDS,
+    **dashboard_commands.COMMANDS,
     "train": run_train,
     "evaluate": run_evaluate,
     "show": run_show,

@@ -9,22 +9,15 @@ from typing import Any
 
 from archsearch.cli.options import (
     data_options,
+    latency_options,
     model_options,
     space_options,
     target_options,
     training_options,
 )
-from archsearch.cli.output import say, show_result
-from archsearch.cli.values import (
-    command_line,
-    data_arguments,
-    input_shape,
-    named_values,
-    recipe_changes,
-    run_name,
-    search_space,
-    training_callbacks,
-)
+from archsearch.cli.output import show_result
+from archsearch.cli.search_options import search_options, search_values
+from archsearch.cli.values import named_values, run_name, study_arguments
 
 
 def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
@@ -38,17 +31,18 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     )
     model_options(find)
     target = target_options(find)
-    _latency_options(target)
+    latency_options(target)
     target.add_argument(
         "--preset", metavar="NAME", help="published widths, such as resnet56-a; implies the model"
     )
     method = find.add_argument_group("method")
-    method.add_argument("--method", default="l1_norm", metavar="NAME", help="pruner (%(default)s)")
+    method.add_argument("--method", default="l1_norm", metavar="NAME", help="pruner, or search (%(default)s)")
     method.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="a hyper-parameter of the method"
     )
     method.add_argument("--allocation", metavar="NAME", help="how scores become widths (the method's own)")
     _pruning_options(method)
+    search_options(find)
     _training_options(find, "scratch-b")
     find.add_argument("--out", type=Path, metavar="DIR", help="results (runs/MODEL-DATA-METHOD-TARGET)")
 
@@ -59,7 +53,7 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
         "trained once;\nequal widths of two methods are one network, trained once.",
     )
     model_options(compare)
-    _latency_options(target_options(compare))
+    latency_options(target_options(compare))
     method = compare.add_argument_group("methods")
     method.add_argument(
         "--methods",
@@ -83,6 +77,7 @@ def run_find(options: argparse.Namespace) -> None:
         preset=options.preset,
         method=options.method,
         options=named_values(options.option, "--option"),
+        search=search_values(options) if options.method == "search" else None,
         allocation=options.allocation,
         out=options.out or Path("runs") / run_name(options, arguments["data"], options.method),
         **arguments,
@@ -103,14 +98,6 @@ def run_compare(options: argparse.Namespace) -> None:
     show_result(comparison(record))
     for path in paths:
         show_result(f"wrote {path}")
-
-
-def _latency_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--latency", metavar="KEEP", help="latency that stays, 0.6 or 1.2ms; with --table")
-    group.add_argument("--table", type=Path, metavar="FILE", help="what `archsearch profile` made")
-    group.add_argument(
-        "--other-device", action="store_true", help="take the table of another device; measure nothing"
-    )
 
 
 def _pruning_options(group: argparse._ArgumentGroup) -> None:
@@ -149,39 +136,14 @@ def _training_options(parser: argparse.ArgumentParser, budget: str) -> None:
 def _arguments(options: argparse.Namespace) -> dict[str, Any]:
     """Return what both commands give ``api.find``."""
     return {
-        "flops": options.flops,
-        "params": options.params,
-        "memory": options.memory,
-        "channels": options.channels,
-        "latency": options.latency,
-        "table": options.table,
-        "other_device": options.other_device,
-        "space": search_space(options),
+        **study_arguments(options),
         "steps": options.steps,
         "recover": options.recover,
         "recalibrate": options.recalibrate,
         "data": options.data or (None if options.budget == "none" else "digits"),
-        "data_options": data_arguments(options),
-        "weights": options.weights,
-        "budget": options.budget,
         "budget_cap": options.budget_cap,
-        "published_cost": options.published_cost,
         "finetune": options.finetune,
-        "recipe": options.recipe,
-        "recipe_changes": recipe_changes(options),
         "seeds": options.seeds,
-        "seed": options.seed,
-        "device": options.device,
-        "input_shape": input_shape(options),
-        "classes": options.classes,
-        "arguments": named_values(options.argument, "--argument"),
-        "gather": options.gather,
-        "whole_groups": options.whole_groups,
-        "trust_code": options.trust_code,
-        "store": options.store,
-        "conditions": {"command": command_line(options.words)},
-        "say": say,
-        "callbacks": training_callbacks(options),
     }
 
 

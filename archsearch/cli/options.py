@@ -45,11 +45,21 @@ def target_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 def latency_options(group: argparse._ArgumentGroup) -> None:
     """Add what says how fast a network must become, and on which device."""
-    group.add_argument("--latency", metavar="KEEP", help="latency that stays, 0.6 or 1.2ms; with --table")
+    group.add_argument(
+        "--latency", metavar="KEEP", help="latency that stays, 0.6 or 1.2ms; with --table or --runtime"
+    )
     group.add_argument("--table", type=Path, metavar="FILE", help="what `archsearch profile` made")
     group.add_argument(
         "--other-device", action="store_true", help="take the table of another device; measure nothing"
     )
+    group.add_argument(
+        "--runtime", metavar="NAME", help="in place of a table: measure one here with torch, onnxruntime, …"
+    )
+    group.add_argument("--batch", type=int, metavar="B", help="with --runtime: inputs of a call (1)")
+    group.add_argument(
+        "--dtype", metavar="NAME", help="with --runtime: float32, bfloat16 or float16 (float32)"
+    )
+    group.add_argument("--threads", type=int, metavar="N", help="with --runtime: threads of the CPU (1)")
 
 
 def space_options(group: argparse._ArgumentGroup) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from archsearch.cli import (
     compression_commands,
+    dashboard_commands,
     find_commands,
     guide_commands,
     latency_commands,
@@ -26,6 +27,21 @@ from archsearch.errors import UnknownNameError, UsageError
 EPILOG = """exit codes: 0 done; 2 a wrong option; 3 a wrong file; 4 damaged weights or data; 5 a directory in
 use; 6 a target out of reach; 7 diverged; 8 no space or memory; 75 stopped by a signal and 130 by Ctrl-C,
 the same command goes on; 1 a bug of ours"""
+
+KINDS = (
+    "models",
+    "pruners",
+    "allocations",
+    "data",
+    "recipes",
+    "budgets",
+    "presets",
+    "criteria",
+    "samplers",
+    "objectives",
+    "engines",
+)
+"""What ``list`` lists."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -61,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     find_commands.add_commands(commands)
     search_commands.add_commands(commands)
+    dashboard_commands.add_commands(commands)
 
     train = commands.add_parser("train", help="train the network of an architecture file")
     train.add_argument("architecture", type=Path, metavar="ARCH.yaml")
@@ -104,9 +121,9 @@ def build_parser() -> argparse.ArgumentParser:
     names = commands.add_parser("list", help="list models, pruners, data sets, recipes, budgets or presets")
     names.add_argument(
         "kind",
-        choices=("models", "pruners", "allocations", "data", "recipes", "budgets", "presets", "criteria"),
+        choices=KINDS,
         metavar="KIND",
-        help="models, pruners, allocations, data, recipes, budgets, presets or criteria",
+        help=f"{', '.join(KINDS[:-1])} or {KINDS[-1]}",
     )
     names.add_argument("pattern", nargs="?", default="*", help="such as 'resnet*' or 'torchvision/*'")
     return parser

@@ -43,6 +43,12 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     profile.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="the table, such as dev.lat.json"
     )
+    profile.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="staircase, and predicted against measured (.png, .svg, .pdf)",
+    )
     verify = commands.add_parser(
         "verify",
         help="measure an architecture that was found for a latency, on its device",
@@ -70,9 +76,12 @@ def run_profile(options: argparse.Namespace) -> None:
         raise UsageError("give --model NAME")
     from archsearch import files
     from archsearch.latency.accuracy import assess
+    from archsearch.latency.library import journal_of
     from archsearch.latency.meter import Settings
+    from archsearch.latency.pictures import draw
     from archsearch.latency.profile import Profile
-    from archsearch.space import Bounds, SearchSpace
+    from archsearch.on_device import allowed_of
+    from archsearch.pictures import check_picture
     from archsearch.training.evaluation import resolve_device
 
     settings = Settings(
@@ -90,14 +99,15 @@ def run_profile(options: argparse.Namespace) -> None:
         max_seconds=options.max_seconds,
         blocks=options.blocks,
     )
+    check_picture(options.plot)
     files.probe(options.out.parent, 2**20)
     traced = traced_model(options)
     with _progress() as progress:
         profile = Profile(
             traced,
-            lambda quantum: SearchSpace(Bounds(round_to=quantum)).allowed(traced.graph),
+            allowed_of(traced),
             settings,
-            journal=options.out.with_name(f"{options.out.name}.part"),
+            journal=journal_of(options.out),
             say=say,
             progress=progress,
         )
@@ -108,6 +118,9 @@ def run_profile(options: argparse.Namespace) -> None:
     for line in verdict(assess(table)):
         show_result(line)
     show_result(f"wrote {options.out}")
+    if options.plot is not None:
+        draw(table, options.plot)
+        show_result(f"wrote {options.plot}")
 
 
 @contextmanager

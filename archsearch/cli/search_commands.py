@@ -1,4 +1,4 @@
-"""The search over trained networks: ``search``."""
+"""The search over trained networks: ``search``, and what is known of one that runs or has ended."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from typing import Any
 
 from archsearch.cli.options import (
     data_options,
+    latency_options,
     model_options,
     space_options,
     target_options,
     training_options,
 )
-from archsearch.cli.output import say, show_result
-from archsearch.cli.studies import conditions, reference, trainer
-from archsearch.cli.values import chosen_recipe, named_values, opened_data, run_name, search_space
+from archsearch.cli.output import show_result
+from archsearch.cli.search_options import search_options, search_values
+from archsearch.cli.values import named_values, run_name, study_arguments
+from archsearch.errors import UsageError
 
 
 def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
@@ -27,42 +29,24 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
         description="Train networks all over the target's surface, fit a model of what each group is worth, "
         "and let it\nrecommend widths. These meet uniform widths and the proxy's in finals with fresh seeds; "
         "where they\ncannot be told apart, uniform is what is exported. The same command goes on where it "
-        "was killed.",
+        "was killed.\n\n`archsearch search status RUN` tells how far a search is, `best RUN` what its model "
+        "recommends so far,\n`export RUN` writes that as an architecture file. They only read, also beside a "
+        "running search.",
     )
+    search.add_argument(
+        "action",
+        nargs="?",
+        choices=("status", "best", "export"),
+        metavar="ACTION",
+        help="status, best or export, of RUN; without, search",
+    )
+    search.add_argument("run", nargs="?", type=Path, metavar="RUN", help="run directory of a search")
+    search.add_argument("--trial", type=int, metavar="N", help="with export: a trial's widths")
     model_options(search)
-    target_options(search)
-    group = search.add_argument_group("search")
-    group.add_argument("--trials", type=int, default=100, metavar="N", help="networks (%(default)s)")
+    latency_options(target_options(search))
+    group = search_options(search)
     group.add_argument(
-        "--objective",
-        default="short",
-        metavar="NAME",
-        help="what a network is worth: proxy (nothing is trained), short, full (%(default)s)",
-    )
-    group.add_argument(
-        "--short", type=float, default=0.25, metavar="SHARE", help="epochs of short (%(default)s)"
-    )
-    group.add_argument(
-        "--sampler",
-        default="model",
-        metavar="NAME",
-        help="model, or one to compare with: tpe, gp, nsga2, cmaes, random (%(default)s)",
-    )
-    group.add_argument(
-        "--thompson",
-        type=float,
-        default=0.0,
-        metavar="SHARE",
-        help="of the model's trials drawn from what it believes so far (%(default)s)",
-    )
-    group.add_argument(
-        "--finals", type=int, default=3, metavar="N", help="fresh seeds of each finalist (%(default)s)"
-    )
-    group.add_argument(
-        "--method", default="l1_norm", metavar="NAME", help="pruner whose curves are the proxy (%(default)s)"
-    )
-    group.add_argument(
-        "--option", action="append", default=[], metavar="NAME=VALUE", help="a hyper-parameter of the method"
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="a hyper-parameter of the proxy"
     )
     space_options(group)
     data_options(search)
@@ -71,50 +55,52 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
         "--budget", default="scratch-e", metavar="NAME", help="scratch-e or scratch-b (%(default)s)"
     )
     training.add_argument("--weights", metavar="FILE", help="the reference's weights; torchvision: DEFAULT")
-    search.add_argument("--out", type=Path, metavar="DIR", help="the run (runs/MODEL-DATA-search-TARGET)")
+    search.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="the run (runs/MODEL-DATA-search-TARGET); with export the architecture file",
+    )
 
 
 def run_search(options: argparse.Namespace) -> None:
-    """Search, and name the files written."""
-    from archsearch.plan import Plan
+    """Search, and name the files written; or tell what is known of a search."""
+    if options.action is not None:
+        _look(options)
+        return
+    from archsearch.api import search
     from archsearch.report import comparison
-    from archsearch.search.driver import Quest, search
-    from archsearch.targets import Target
 
-    texts = {name: getattr(options, name) for name in ("flops", "params", "memory", "channels")}
-    plan = Plan(
-        targets=[Target.parse(name, text) for name, text in texts.items() if text is not None],  # type: ignore[arg-type]
-        method=options.method,
-        options=named_values(options.option, "--option"),
-        space=search_space(options),
-        budget=options.budget,
-        published_cost=options.published_cost,
-        recipe=chosen_recipe(options, options.data or "digits"),
-        seed=options.seed,
-    )
-    quest = Quest(
-        plan,
-        trials=options.trials,
-        objective=options.objective,
-        sampler=options.sampler,
-        short=options.short,
-        finals=options.finals,
-        thompson=options.thompson,
-    )
-    data = opened_data(options)
-    traced, weights = reference(options, data)
     searched = search(
-        traced,
-        quest,
-        trainer(options, data),
+        options.model,
+        options=named_values(options.option, "--option"),
         out=options.out or Path("runs") / run_name(options, options.data or "digits", "search"),
-        weights=weights,
-        conditions=conditions(options, traced.name, data, plan.recipe),
-        say=say,
+        **search_values(options),
+        **study_arguments(options),
     )
     show_result(comparison(searched.record))
     show_result(searched.outcome.verdict)
     for path in searched.files:
+        show_result(f"wrote {path}")
+
+
+def _look(options: argparse.Namespace) -> None:
+    """Tell how a search stands, without writing in its directory."""
+    from archsearch.search.standing import Standing
+
+    if options.run is None:
+        raise UsageError(f"search {options.action}: give the run directory, such as runs/NAME")
+    if options.trial is not None and options.action != "export":
+        raise UsageError("--trial goes with `search export`")
+    standing = Standing.read(options.run)
+    if options.action == "status":
+        for line in standing.status():
+            show_result(line)
+    elif options.action == "best":
+        show_result(standing.best(trust_code=options.trust_code))
+    else:
+        path = options.out or Path("architecture.yaml")
+        standing.export(path, options.trial, trust_code=options.trust_code)
         show_result(f"wrote {path}")
 
 

@@ -38,6 +38,50 @@ def chosen_recipe(options: argparse.Namespace, data: str) -> Recipe:
     return RECIPES[options.recipe or default_recipe(data)].with_(**recipe_changes(options))
 
 
+def study_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what ``api.find`` and ``api.search`` are both given: targets, space, data and training."""
+    targets = ("flops", "params", "memory", "channels", "latency", "table", "other_device")
+    plain = (
+        "weights",
+        "budget",
+        "published_cost",
+        "recipe",
+        "seed",
+        "device",
+        "classes",
+        "gather",
+        "whole_groups",
+        "trust_code",
+        "store",
+    )
+    return {
+        **{name: getattr(options, name) for name in (*targets, *plain)},
+        "runtime": runtime_settings(options),
+        "space": search_space(options),
+        "data": options.data or "digits",
+        "data_options": data_arguments(options),
+        "recipe_changes": recipe_changes(options),
+        "input_shape": input_shape(options),
+        "arguments": named_values(options.argument, "--argument"),
+        "conditions": {"command": command_line(options.words)},
+        "say": say,
+        "callbacks": training_callbacks(options),
+    }
+
+
+def runtime_settings(options: argparse.Namespace) -> dict[str, Any] | None:
+    """Return what a latency is measured with on this machine; ``None`` where a table says it.
+
+    Raises:
+        UsageError: If something is said of a runtime that is not named.
+    """
+    names = ("runtime", "batch", "dtype", "threads")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    if given and "runtime" not in given:
+        raise UsageError(f"--{next(iter(given))}: goes with --runtime NAME")
+    return given or None
+
+
 def recipe_changes(options: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of the recipe that the options change."""
     named = {"epochs": options.epochs, "lr": options.lr, "batch_size": options.batch_size}

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import kendalltau, spearmanr
 
-from archsearch.latency.predict import Correction
+from archsearch.latency.correction import Correction
 from archsearch.latency.table import LatencyTable
 
 Floats = npt.NDArray[np.float64]

@@ -152,7 +152,7 @@ def tensorrt(model: nn.Module, example: Any, setting: Setting) -> Call:
         # An engine must outlive its context, and a runtime its engine.
         return Engine(_holding(call, (deserializer, engine, inputs, outputs)), results)
 
-    return start_engine(model, example, start, optimize=True).call
+    return start_engine(model, example, start).call
 
 
 def _holding(call: Call, things: object) -> Call:

@@ -1,9 +1,13 @@
 """From a network to an engine by way of ONNX, fast enough to measure hundreds of networks.
 
 torch's exporter takes seconds, most of them to trace and translate code that does not change with the widths.
-So the graphs of the last networks are kept, and for another one of the same code only the tensors are
-exchanged. Whether that was right is not argued but checked: the engine's outputs must be those of torch,
-else the network is exported in full.
+So the graphs of the last networks are kept as they were traced, and for another one of the same code only the
+tensors are exchanged. Whether that was right is not argued but checked: the engine's outputs must be those of
+torch, else the network is exported in full.
+
+Either way constants and batch norms are folded then, as ``torch.onnx.export`` does by itself. As it was
+traced, a convolution without a bias has a computed one, and no engine fuses what follows it or changes its
+layout.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +28,7 @@ from archsearch.tracing import call_model, output_tensors
 
 OPSET: Final = 18  # the exporter's own, and old enough for the engines of the last years
 TOLERANCES: Final = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 2e-1}  # of the largest output
-GRAPHS_KEPT: Final = 16
+GRAPHS_KEPT: Final = 64  # without their tensors they are small
 _WIDTHS = {"in_channels", "out_channels", "num_features", "in_features", "out_features", "groups"}
 _PLAIN = (bool, int, float, str, tuple, type(None))
 
@@ -43,16 +48,13 @@ class Engine:
     outputs: Callable[[], Sequence[Tensor]]
 
 
-def start_engine(
-    model: nn.Module, example: Any, start: Callable[[bytes], Engine], *, optimize: bool = False
-) -> Engine:
+def start_engine(model: nn.Module, example: Any, start: Callable[[bytes], Engine]) -> Engine:
     """Start an engine on a network, and check that it computes what torch does.
 
     Args:
         model: In eval mode, on its device.
         example: Its input, as for ``call_model``.
         start: Makes the engine from a serialised ONNX model.
-        optimize: Whether to fold constants here, for an engine that does not do so itself; exports in full.
 
     Raises:
         UsageError: If the network cannot be exported, or the engine computes something else.
@@ -61,34 +63,33 @@ def start_engine(
         expected = [tensor.float().cpu() for tensor in output_tensors(call_model(model, example))]
     tolerance = TOLERANCES[next((parameter.dtype for parameter in model.parameters()), torch.float32)]
     code = code_of(model, example)
-    if not optimize and code in _graphs:
+    if code in _graphs:
         _graphs.move_to_end(code)
         try:
-            engine = _run(start, with_tensors_of(model, _graphs[code]))
+            kept = with_tensors_of(model, _graphs[code], output_tensors(example), expected)
+            engine = _run(start, free_columns(folded(kept)))
             if difference(engine.outputs(), expected) <= tolerance:
                 return engine
         except Exception:  # noqa: S110  (each engine has its own; the export in full says what is wrong)
             pass
-    proto = export(model, example, optimize=optimize)
-    engine = _run(start, proto)
+    graph = export(model, example)
+    engine = _run(start, folded(graph))
     error = difference(engine.outputs(), expected)
     overflown = not all(bool(tensor.isfinite().all()) for tensor in expected)  # has no one right place
     if not (error <= tolerance or overflown):
         raise UsageError(f"the exported network differs from torch's by {error:.1e} of its largest output")
-    if not optimize:
-        _graphs[code] = _without_tensors(proto, model.state_dict())
-        while len(_graphs) > GRAPHS_KEPT:
-            _graphs.popitem(last=False)
+    _graphs[code] = _without_tensors(graph, model.state_dict())
+    while len(_graphs) > GRAPHS_KEPT:
+        _graphs.popitem(last=False)
     return engine
 
 
-def export(model: nn.Module, example: Any, *, optimize: bool = True) -> Any:
-    """Return the ONNX model of a network, its parameters under their own names.
+def export(model: nn.Module, example: Any) -> Any:
+    """Return the ONNX model of a network as it was traced, its parameters under their own names.
 
     Args:
         model: In eval mode.
         example: Its input, as for ``call_model``; its shape is fixed in the export.
-        optimize: Whether to fold constants; engines do so themselves, and a folded one has fewer names.
 
     Raises:
         UsageError: If torch cannot export it.
@@ -97,7 +98,7 @@ def export(model: nn.Module, example: Any, *, optimize: bool = True) -> Any:
     args = () if named else tuple(example) if isinstance(example, (tuple, list)) else (example,)
     try:
         program: Any = torch.onnx.export(
-            model, args, kwargs=named, dynamo=True, opset_version=OPSET, verbose=False, optimize=optimize
+            model, args, kwargs=named, dynamo=True, opset_version=OPSET, verbose=False, optimize=False
         )
     except torch.onnx.OnnxExporterError as error:
         reason = str(error).strip().splitlines()[0]
@@ -107,13 +108,24 @@ def export(model: nn.Module, example: Any, *, optimize: bool = True) -> Any:
     return program.model_proto
 
 
-def with_tensors_of(model: nn.Module, graph: Any) -> Any:
+def folded(graph: Any) -> Any:
+    """Return a graph with constants and batch norms folded, as people deploy it."""
+    from onnxscript import optimizer
+
+    return optimizer.optimize(graph)
+
+
+def with_tensors_of(model: nn.Module, graph: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Any:
     """Return a kept graph with the tensors of another network of the same code.
 
-    The number of groups of a convolution is the one thing in the graph that follows the widths: of a
-    depthwise convolution it is the number of channels.
+    Two more things in the graph follow the widths: the number of groups of a depthwise convolution, which is
+    the number of channels, and the shapes of what comes in and goes out.
     """
     graph = copy.deepcopy(graph)
+    places = [*graph.graph.input, *graph.graph.output]
+    for place, tensor in zip(places, [*inputs, *outputs], strict=True):
+        for dimension, size in zip(place.type.tensor_type.shape.dim, tensor.shape, strict=True):
+            dimension.dim_value = size
     tensors = model.state_dict()
     for initializer in graph.graph.initializer:
         if initializer.name in tensors:
@@ -129,8 +141,23 @@ def with_tensors_of(model: nn.Module, graph: Any) -> Any:
     return graph
 
 
+def free_columns(graph: Any) -> Any:
+    """Return a folded graph in which what is reshaped to a matrix has as many columns as come.
+
+    The exporter writes a flattening before a classifier as the numbers that it had in the traced network.
+    """
+    from onnx import numpy_helper
+
+    shapes = {node.input[1] for node in graph.graph.node if node.op_type == "Reshape"}
+    for initializer in graph.graph.initializer:
+        if initializer.name in shapes and tuple(initializer.dims) == (2,):
+            rows = numpy_helper.to_array(initializer)[0]
+            initializer.CopyFrom(numpy_helper.from_array(np.array([rows, -1]), initializer.name))
+    return graph
+
+
 def code_of(model: nn.Module, example: Any) -> object:
-    """Return what decides the graph of a network beside its widths."""
+    """Return what decides the graph of a network beside its widths and the channels of its input."""
     modules = tuple(
         (
             name,
@@ -144,7 +171,11 @@ def code_of(model: nn.Module, example: Any) -> object:
         for name, module in model.named_modules()
     )
     tensors = tuple((name, tensor.ndim, tensor.dtype) for name, tensor in model.state_dict().items())
-    return modules, tensors, tuple((tensor.shape, tensor.dtype) for tensor in output_tensors(example))
+    inputs = tuple(
+        ((*tensor.shape[:1], *tensor.shape[2:]), tensor.ndim, tensor.dtype)
+        for tensor in output_tensors(example)
+    )
+    return modules, tensors, inputs
 
 
 def difference(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
@@ -161,8 +192,8 @@ def difference(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     )
 
 
-def _run(start: Callable[[bytes], Engine], proto: Any) -> Engine:
-    engine = start(proto.SerializeToString())
+def _run(start: Callable[[bytes], Engine], graph: Any) -> Engine:
+    engine = start(graph.SerializeToString())
     engine.call()
     return engine
 

@@ -27,7 +27,8 @@ class Settings:
         max_cells: Cells at most, those of the probes among them.
         calibration: Networks that the correction is fitted on.
         held_out: Networks to test with, half of them of equal MACs.
-        equal_keep: Share of the MACs that these keep.
+        equal_keep: Share of the MACs that these keep; where that is out of reach, they are half-way from the
+            smallest network to the reference.
         round_to: Multiples of channels to make the table for; ``None`` takes the quantum that is found.
         seed: Of the networks' widths.
         max_seconds: Of the whole profile, to prepare and to measure; ``None`` is as long as it takes.

@@ -2,9 +2,11 @@
 
 The time of a network is nearly the sum of its layers' times, each looked up in a grid over the channels that
 it reads and makes. What the sum misses (additions, poolings, what a layer measured alone finds in the caches)
-is fitted on whole networks, as an affine function with no negative coefficient of: the sum, the elements that
-layers write, those that they read, and their weights. All four are sums over the layers, so that the
-correction goes into the grids, and a prediction is a look-up a layer.
+is fitted on whole networks, as an affine function with no negative coefficient of: the sum, the elements
+that layers write, those of them in ragged channels (what goes on between the layers likes multiples of four),
+and the weights beyond the caches; then the cells of each signature get a factor of their own
+(``correction``). All but the caches are sums over the layers, so that the correction goes into the grids, and
+a prediction is a look-up a layer.
 
 Steps are never interpolated: a grid has every count of channels that can be, or the ends of the steps that
 were found along its two axes, and what lies on a step takes the time of its end. Where the ends are too many
@@ -21,19 +23,18 @@ from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import nnls
-from scipy.stats import t as student
 
 from archsearch.errors import UsageError
-from archsearch.latency.cells import Form, Layer, Signature, input_channels
+from archsearch.latency.cells import Form, Layer, Signature
+from archsearch.latency.correction import Correction
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Integers: TypeAlias = npt.NDArray[np.int64]
 
-FEATURES = ("cells", "written", "read", "weights")
+FEATURES = ("cells", "written", "ragged", "weights")
 
-CONFIDENCE = 0.9
-"""Of the interval around a prediction."""
+VECTOR = 4
+"""Channels whose multiples the operations between the layers like: 128 bits of float32."""
 
 MAX_SUMS = 2**20
 """Of the widths of the groups that one layer reads."""
@@ -122,6 +123,8 @@ class Features:
             reads, makes = axes[layer.signature]
             self._reads.add(layer.reads, reads, len(makes), starts[layer.signature])
             self._makes.add(layer.makes, makes)
+        self._signatures = np.array([signatures.index(layer.signature) for layer in layers])
+        self._weights_a_pair = np.array([float(prod(layer.signature.kernel)) for layer in layers])
         self._macs_a_pair = np.array(
             [prod(layer.signature.kernel) * float(layer.signature.macs_a_weight) for layer in layers]
         )
@@ -141,12 +144,26 @@ class Features:
         sums: Floats = joint[self.positions(widths)].sum(axis=1)
         return sums
 
+    def parts(self, widths: Integers) -> Floats:
+        """Return how much of the cells' sum is each signature's, ``(B, G) -> (B, S)``."""
+        cells = np.concatenate([table[..., 0].ravel() for table in self.tables])[self.positions(widths)]
+        parts: Floats = cells @ np.eye(len(self.tables))[self._signatures]
+        return parts
+
     def macs(self, widths: Integers) -> Floats:
         """Return the multiply-adds of all layers for one example, ``(B, G) -> (B,)``."""
-        floating = widths.astype(np.float64)
-        weights = self._reads.channels(floating) * self._makes.channels(floating)
-        macs: Floats = weights @ self._macs_a_pair
+        macs: Floats = self._pairs(widths) @ self._macs_a_pair
         return macs
+
+    def weights(self, widths: Integers) -> Floats:
+        """Return the weights of all layers, ``(B, G) -> (B,)``."""
+        weights: Floats = self._pairs(widths) @ self._weights_a_pair
+        return weights
+
+    def _pairs(self, widths: Integers) -> Floats:
+        """Return the pairs of channels of each layer, ``(B, G) -> (B, L)``."""
+        floating = widths.astype(np.float64)
+        return self._reads.channels(floating) * self._makes.channels(floating)
 
     def check(self, widths: Integers) -> None:
         """Check widths ``(B, G)``.
@@ -183,12 +200,11 @@ def _features(signature: Signature, reads: Integers, makes: Integers, knots: Kno
     if len(reads) * len(makes) > MAX_ENTRIES:
         raise UsageError(f"the layers {signature} have {len(reads)} times {len(makes)} possible channels")
     rows, columns = np.meshgrid(reads, makes, indexing="ij")
-    inputs = input_channels(signature, rows, columns)
     features = np.stack(
         [
             knots.at(reads, makes),
             columns * float(signature.output_pixels),
-            inputs * float(prod(signature.size)),
+            columns * float(signature.output_pixels) * (columns % VECTOR > 0),
             rows * columns * float(prod(signature.kernel)),
         ],
         axis=-1,
@@ -236,65 +252,6 @@ class _Axis:
         return np.cumsum([0, *(len(place) for place in self._places[:-1])])
 
 
-@dataclass(frozen=True)
-class Correction:
-    """What turns features into the latency of a network: no negative coefficient, and a constant.
-
-    Attributes:
-        coefficients: Of the features, ``(F,)``.
-        constant_ms: Of every network.
-        spread: Root mean square of the relative errors with each network left out of its own fit.
-        degrees: Of freedom of this.
-    """
-
-    coefficients: Floats
-    constant_ms: float
-    spread: float
-    degrees: int
-
-    @classmethod
-    def fit(cls, features: Floats, ms: Floats) -> Correction:
-        """Fit measured networks by least squares of the relative errors.
-
-        Args:
-            features: Of each network, ``(N, F)``.
-            ms: Measured, ``(N,)``.
-
-        Raises:
-            UsageError: If there are fewer than three networks more than features.
-        """
-        if len(ms) < features.shape[1] + 4:
-            raise UsageError(
-                f"{len(ms)} calibration networks: at least {features.shape[1] + 4} are needed for "
-                f"{features.shape[1]} coefficients, a constant and an honest interval"
-            )
-        coefficients = _relative_fit(features, ms)
-        errors = []
-        for out in range(len(ms)):
-            others = np.arange(len(ms)) != out
-            found = _relative_fit(features[others], ms[others])
-            predicted = features[out] @ found[:-1] + found[-1]
-            errors.append(ms[out] / predicted - 1)
-        degrees = len(ms) - int(np.count_nonzero(coefficients))
-        return cls(
-            coefficients[:-1], float(coefficients[-1]), float(np.sqrt(np.mean(np.square(errors)))), degrees
-        )
-
-    @property
-    def margin(self) -> float:
-        """Half the width of the interval, as a share of the prediction: Student's t times the spread."""
-        return float(student.ppf((1 + CONFIDENCE) / 2, self.degrees)) * self.spread
-
-
-def _relative_fit(features: Floats, ms: Floats) -> Floats:
-    """Return the coefficients and the constant, ``(F + 1,)``."""
-    columns = np.concatenate([features, np.ones((len(ms), 1))], axis=1)
-    scale = np.maximum(columns.max(axis=0), np.finfo(float).tiny)
-    found, _ = nnls(columns / scale / ms[:, None], np.ones(len(ms)))
-    coefficients: Floats = found / scale
-    return coefficients
-
-
 class Predictor:
     """Predict the latency of candidates.
 
@@ -305,7 +262,7 @@ class Predictor:
 
     def __init__(self, features: Features, correction: Correction) -> None:
         self.features, self.correction = features, correction
-        tables = [table @ correction.coefficients for table in features.tables]
+        tables = [table @ correction.of_signature(number) for number, table in enumerate(features.tables)]
         rising = [np.maximum.accumulate(np.maximum.accumulate(table, 0), 1) for table in tables]
         self._times = np.concatenate([table.ravel() for table in tables])
         self._rising = np.concatenate([table.ravel() for table in rising])
@@ -333,5 +290,8 @@ class Predictor:
         for start in range(0, len(rows), CHUNK):
             chunk = rows[start : start + CHUNK]
             self.features.check(chunk)
-            sums[start : start + CHUNK] = times[self.features.positions(chunk)].sum(-1)
+            part = times[self.features.positions(chunk)].sum(-1)
+            if self.correction.free_weights:
+                part += self.correction.beyond_caches_ms(self.features.weights(chunk))
+            sums[start : start + CHUNK] = part
         return (sums + self.correction.constant_ms).reshape(given.shape[:-1])

@@ -8,26 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch.utils import _pytree as pytree
 
 from archsearch.errors import UsageError
-from archsearch.latency import measure
-from archsearch.latency.bench import settled
-from archsearch.latency.cells import DEPTHWISE, Cell, Layer, Signature, build_cell, find_layers
+from archsearch.latency.cells import DEPTHWISE, Cell, Layer, Signature, build_cell
 from archsearch.latency.journal import Journal
 from archsearch.latency.knots import choose_knots, macs_of, value_of
 from archsearch.latency.meter import Made, Meter, RuntimeMeter, Settings
 from archsearch.latency.quantum import PROBES, TOP, Staircase, find_quantum, steps_of
 from archsearch.latency.sampling import equal_macs_widths, random_widths
+from archsearch.latency.subject import Subject
 from archsearch.latency.table import (
     FORMAT,
     CellRecord,
-    Conditions,
     Content,
     Group,
     LatencyTable,
@@ -36,7 +32,6 @@ from archsearch.latency.table import (
 )
 from archsearch.latency.workbench import Job, Workbench
 from archsearch.rebuild import Traced
-from archsearch.surgery import shrink
 
 Integers: TypeAlias = npt.NDArray[np.int64]
 Allowed: TypeAlias = Callable[[int], Mapping[str, Integers]]
@@ -47,6 +42,9 @@ REPEAT = 3
 MAX_BOUNDARIES = 8
 LEAST_SHARE = 0.05
 """Of the layers or the multiply-adds: what kinds of layers are probed."""
+
+FEW = 1.25
+"""Times the MACs of the smallest network, below which there are too few to choose from."""
 
 REPEATED_NETWORKS = 3
 """That are measured twice, for the noise."""
@@ -79,45 +77,23 @@ class Profile:
         settings = settings or Settings()
         self._traced, self._allowed, self._settings = traced, allowed, settings
         self._say = say
-        self._layers = find_layers(traced)
-        if not self._layers or not traced.graph.groups:
-            raise UsageError(
-                f"{traced.name}: has no layers whose widths could change: `archsearch show` says why"
-            )
+        self._subject = Subject(traced, settings)
+        self._layers = self._subject.layers
         self._signatures = list(dict.fromkeys(layer.signature for layer in self._layers))
-        example = self._example()
-        self.fingerprint = measure.fingerprint(
-            settings.runtime,
-            settings.device,
-            settings.dtype,
-            example=example,
-            channels_last=settings.channels_last,
-            threads=settings.threads,
-        )
-        self._conditions = Conditions(
-            model=traced.name,
-            arguments=dict(traced.arguments),
-            input_shape=traced.input_shape,
-            batch=settings.batch,
-            runtime=settings.runtime,
-            device=settings.device,
-            dtype=settings.dtype,
-            threads=settings.threads,
-            channels_last=settings.channels_last,
-        )
         journal_conditions = {
-            "fingerprint": self.fingerprint,
-            "conditions": self._conditions.model_dump(mode="json"),
+            "fingerprint": self._subject.fingerprint,
+            "conditions": self._subject.conditions.model_dump(mode="json"),
             "protocols": [vars(settings.cells), vars(settings.networks)],
         }
-        plain = isinstance(traced.example, torch.Tensor)
-        self._settled = settled(traced.model, traced.input_shape) if plain else traced.model
         self._journal = Journal(journal, journal_conditions)
         self._bench = Workbench(
             settings,
             meter or RuntimeMeter(settings),
             self._journal,
-            {"cell": self._heaviest_cell, "network": lambda: self._network(traced.cost.sizes.tolist())},
+            {
+                "cell": self._heaviest_cell,
+                "network": lambda: self._subject.network(traced.cost.sizes.tolist()),
+            },
             say,
             progress,
         )
@@ -158,8 +134,8 @@ class Profile:
         return LatencyTable(
             Content(
                 format=FORMAT,
-                conditions=self._conditions,
-                fingerprint=self.fingerprint,
+                conditions=self._subject.conditions,
+                fingerprint=self._subject.fingerprint,
                 quantum=quantum,
                 groups=tuple(
                     Group(name=name, size=sizes[name], widths=tuple(steps.tolist()))
@@ -266,7 +242,10 @@ class Profile:
         steps = [widths[name] for name in cost.names]
         generator = np.random.default_rng(chosen.seed)
         equal_count = chosen.held_out // 2
+        least = int(cost.macs(np.array([[step[0] for step in steps]]))[0])
         target = int(chosen.equal_keep * cost.reference.macs)
+        if target < FEW * least:
+            target = (least + cost.reference.macs) // 2
         equal = equal_macs_widths(steps, cost.macs, target, equal_count, generator)
         free = random_widths(steps, chosen.calibration + chosen.held_out - len(equal), generator)
         taken = {tuple(row) for row in equal.tolist()}
@@ -294,7 +273,7 @@ class Profile:
         return Job(_cell_name(cell, repeat), make)
 
     def _network_job(self, role: Role, row: tuple[int, ...]) -> Job:
-        return Job(_network_name(role, row), lambda: self._network(row))
+        return Job(_network_name(role, row), lambda: self._subject.network(row))
 
     def _heaviest_cell(self) -> Made:
         """Return the reference's layer with the most multiply-adds."""
@@ -302,19 +281,6 @@ class Profile:
         layer = max(self._layers, key=lambda layer: macs_of(layer, sizes))
         channels = (value_of(layer.reads, sizes), value_of(layer.makes, sizes))
         return build_cell(layer.signature, *channels, batch=self._settings.batch)
-
-    def _network(self, row: Sequence[int]) -> Made:
-        selection = {name: np.arange(width) for name, width in zip(self._traced.cost.names, row, strict=True)}
-        return shrink(self._settled, self._traced.graph, selection), self._example()
-
-    def _example(self) -> Any:
-        """Return the input of the trace, as many times as the batch says."""
-
-        def repeated(leaf: Any) -> Any:
-            batch = self._settings.batch
-            return torch.cat([leaf] * batch) if isinstance(leaf, torch.Tensor) and leaf.dim() else leaf
-
-        return pytree.tree_map(repeated, self._traced.example)
 
 
 def _cell_name(cell: Cell, repeat: int) -> str:
@@ -343,7 +309,7 @@ def _explained(staircases: Sequence[Staircase]) -> str:
     """Say what each kind of layer would like."""
     words = [
         f"{curve.op} {curve.axis} "
-        + ("hardly depends on the channels" if curve.flat else f"in steps of {curve.quantum}")
+        + ("hardly depends on the channels" if curve.flat else f"in steps of {curve.step(1)}")
         for curve in staircases
     ]
     return "; ".join(words) or "nothing was probed"

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from archsearch.latency.cells import DEPTHWISE, Frozen, Signature
 
 CANDIDATES = (2, 4, 8, 16, 32)
@@ -74,6 +76,29 @@ class Staircase(Frozen):
         """The quantum of this kind of layer alone; 1 where the channels hardly matter."""
         return find_quantum([self])
 
+    def step(self, multiple: int) -> int:
+        """Return the largest step on which all multiples of a number take the same time; 1 if there is none.
+
+        The slope within the steps, by least squares, must be under a quarter of the curve's own. One probe
+        that is off, such as a power of two that the caches do not like, hardly moves it.
+        """
+        probes = [each for each in zip(self.channels, self.ms, strict=True) if each[0] % multiple == 0]
+        for step in reversed(CANDIDATES):
+            if step > multiple and step % multiple == 0 and self._rise(probes, step) < WORTH * self.slope:
+                return step
+        return 1
+
+    def _rise(self, probes: Sequence[tuple[int, float]], step: int) -> float:
+        """Return the slope within the steps; infinite where no two probes share one."""
+        covariance = variance = 0.0
+        for end in range(step, self.channels[-1] + 1, step):
+            points = np.array([each for each in probes if end - step < each[0] <= end]).reshape(-1, 2)
+            if len(points) > 1:
+                centred = points - points.mean(axis=0)
+                covariance += float(centred[:, 0] @ centred[:, 1])
+                variance += float(centred[:, 0] @ centred[:, 0])
+        return covariance / variance if variance else float("inf")
+
 
 def find_quantum(staircases: Sequence[Staircase]) -> int:
     """Return the quantum by the rule above, at most 32.
@@ -100,10 +125,14 @@ def steps_of(signature: Signature, staircases: Sequence[Staircase], quantum: int
     Args:
         signature: Of the layer.
         staircases: That were probed.
-        quantum: Taken for kinds of layers that were not probed.
+        quantum: Channels are multiples of it; the step of kinds of layers that were not probed.
     """
     if signature.groups not in (1, DEPTHWISE) or signature.multiplier > 1:
         return 1, 1  # its channels come in multiples of their own
-    own = {curve.axis: curve.quantum for curve in staircases if curve.op == signature.op}
+    own = {
+        curve.axis: 1 if curve.flat else curve.step(quantum)
+        for curve in staircases
+        if curve.op == signature.op
+    }
     reads = 1 if signature.groups == DEPTHWISE else own.get("reads", quantum)
     return reads, own.get("makes", quantum)

@@ -24,8 +24,9 @@ from archsearch.bounded_yaml import shown
 from archsearch.errors import SpecError, UsageError
 from archsearch.latency.boundary import Boundary
 from archsearch.latency.cells import Cell, Frozen, Layer, Signature, input_channels
+from archsearch.latency.correction import Correction
 from archsearch.latency.fingerprint import differences
-from archsearch.latency.predict import Correction, Features, Floats, Integers, Knots, Predictor
+from archsearch.latency.predict import Features, Floats, Integers, Knots, Predictor
 from archsearch.latency.quantum import Staircase
 
 FORMAT: Final = 1
@@ -192,7 +193,7 @@ class LatencyTable:
         widths = {group.name: np.array(group.widths) for group in content.groups}
         self.features = Features(content.layers, widths, self._knots())
         calibration, ms = self.networks("calibration")
-        self.correction = Correction.fit(self.features.of(calibration), ms)
+        self.correction = Correction.fit(self.features.of(calibration), ms, self.features.parts(calibration))
         self._predictor = Predictor(self.features, self.correction)
 
     @classmethod

@@ -8,12 +8,18 @@ are what is exported.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
+import optuna
+import torch
 from torch import nn
 
+from archsearch.cost import CostModel
 from archsearch.results import Arm, gain
+from archsearch.search.sampler import told
 from archsearch.search.trial import Scratch
 from archsearch.trainer import Trainer, arm_of
 
@@ -50,6 +56,35 @@ class Outcome:
     verdict: str
 
 
+def best_trials(study: optuna.Study, cost: CostModel, count: int) -> list[Finalist]:
+    """Return the widths with the highest values, of several seeds their mean, the best first."""
+    widths, values = told(study)
+    of_widths: dict[tuple[int, ...], list[float]] = {}
+    for row, value in zip(widths.tolist(), values.tolist(), strict=True):
+        of_widths.setdefault(tuple(row), []).append(value)
+    best = sorted(of_widths, key=lambda row: -fmean(of_widths[row]))[:count]
+    return [
+        Finalist("best trial" if rank == 1 else f"best trial {rank}", cost.mapping(row))
+        for rank, row in enumerate(best, start=1)
+    ]
+
+
+def seeds_of(seeds: int, seed: int) -> range:
+    """Return the fresh seeds of the finals of a search."""
+    return range(seed + FRESH, seed + FRESH + seeds)
+
+
+@contextlib.contextmanager
+def threads_as(threads: int | None) -> Iterator[None]:
+    """Take as many CPU threads as workers did, part of a training's address; ``None`` changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def finals(
     finalists: Sequence[Finalist],
     scratch: Scratch,
@@ -68,7 +103,7 @@ def finals(
         seeds: How many.
         seed: Of the search.
     """
-    fresh = range(seed + FRESH, seed + FRESH + seeds)
+    fresh = seeds_of(seeds, seed)
     validation = {
         each.name: [scratch(blind, each.name, each.widths, s).accuracy for s in fresh] for each in finalists
     }

@@ -28,6 +28,7 @@ from archsearch.allocation import Curves, LeastError
 from archsearch.cost import CostModel
 from archsearch.space import Widths
 from archsearch.targets import Target
+from archsearch.ties import Dimensions
 
 Floats = npt.NDArray[np.float64]
 
@@ -35,18 +36,26 @@ Floats = npt.NDArray[np.float64]
 # proxy, the spread of its weights against the scale, the spread of the shape weights, and the noise.
 _HYPER_MEAN = np.log([0.2, 0.5, 0.03, 0.6])
 _HYPER_DEVIATION = np.array([1.0, 0.3, 1.0, 1.0])
+OFFSET, PROXY, SHAPE, PAIR = range(4)
+"""What a weight is of; those of proxies and shapes are at least 0."""
+
 _OFFSET_DEVIATION = 10.0
 _SWEEPS, _WARM = 300, 60
 
 
 @dataclass(frozen=True)
 class Hyper:
-    """How wide the prior is, in standard deviations of the values."""
+    """How wide the prior is, in standard deviations of the values; ``pair`` where the model has pairs."""
 
     scale: float
     spread: float
     shape: float
     noise: float
+    pair: float = 0.0
+
+    def deviations(self) -> Floats:
+        """Return the prior's deviation of each kind of weight, ``(4,)``."""
+        return np.array([_OFFSET_DEVIATION, self.scale * self.spread, self.shape, self.pair])
 
 
 class AdditiveModel:
@@ -67,18 +76,24 @@ class AdditiveModel:
         proxy: Curves | None = None,
     ) -> None:
         self._cost, self._allowed, self._targets = cost, allowed, targets
-        self.free = [column for column, name in enumerate(cost.names) if len(allowed[name]) > 1]
+        groups = {group[0]: group for group in Dimensions(cost.names, allowed).members}
+        self.free = [
+            column for column, name in enumerate(cost.names) if len(allowed[name]) > 1 and name in groups
+        ]
         shapes = [_shapes(allowed[cost.names[column]], int(cost.sizes[column])) for column in self.free]
         proxies = [shape[1] for shape in shapes]
         if proxy is not None:
-            proxies = [_utility(proxy[cost.names[c]], allowed[cost.names[c]]) for c in self.free]
+            proxies = [_tied_utility(proxy, allowed, groups[cost.names[c]]) for c in self.free]
             typical = float(np.mean([curve.max(initial=0.0) for curve in proxies])) or 1.0
             proxies = [curve / typical for curve in proxies]
         # One array a group, (size + 1, 4): the proxy and the three shapes at each width.
         self._curves = [np.stack([p, *s], axis=1) for p, s in zip(proxies, shapes, strict=True)]
         self._each = 4
+        self._kinds = np.array([OFFSET, *[PROXY, SHAPE, SHAPE, SHAPE] * len(self.free)])
+        self._hyper_prior = _HYPER_MEAN, _HYPER_DEVIATION
         self._values: Floats = np.zeros(0)
-        self._rows: Floats = np.zeros((0, 1 + self._each * len(self.free)))
+        self._rows: Floats = np.zeros((0, len(self._kinds)))
+        self._mean: Floats | None = None
         self.hyper = Hyper(*np.exp(_HYPER_MEAN).tolist())
 
     def features(self, widths: npt.ArrayLike) -> Floats:
@@ -92,7 +107,7 @@ class AdditiveModel:
         self._values = np.asarray(values, dtype=np.float64)
         self._rows = self.features(widths) if len(self._values) else self._rows[:0]
         # From the same start each time: what was told before leaves no trace.
-        self.hyper = Hyper(*np.exp(_HYPER_MEAN).tolist())
+        self._mean, self.hyper = None, Hyper(*np.exp(self._hyper_prior[0]).tolist())
         if len(self._values) > 1:
             self._estimate()
 
@@ -102,14 +117,16 @@ class AdditiveModel:
         return float(self.hyper.noise * self._unit)
 
     def weights(self) -> Floats:
-        """Return the posterior mean of the weights, none below 0, in standard deviations of the values.
+        """Return the posterior mean of the weights in standard deviations of the values.
 
         By Gibbs sampling of the truncated normal distribution, always with the same random numbers. Before
         anything is trained the proxy stands as it is.
         """
         if not len(self._values):
             return self._prior(self.hyper)[0]
-        return np.asarray(self._sampled(np.random.default_rng(0), _SWEEPS).mean(0))
+        if self._mean is None:
+            self._mean = np.asarray(self._sampled(np.random.default_rng(0), _SWEEPS).mean(0))
+        return self._mean
 
     def draw(self, seed: int) -> Curves:
         """Return error curves drawn from the posterior (Thompson sampling)."""
@@ -140,12 +157,8 @@ class AdditiveModel:
 
     def _prior(self, hyper: Hyper) -> tuple[Floats, Floats]:
         """Return mean and deviation of each weight."""
-        mean = np.zeros(self._rows.shape[1])
-        deviation = np.full(self._rows.shape[1], hyper.shape)
-        mean[1 :: self._each] = hyper.scale
-        deviation[1 :: self._each] = hyper.scale * hyper.spread
-        deviation[0] = _OFFSET_DEVIATION
-        return mean, deviation
+        mean = np.where(self._kinds == PROXY, hyper.scale, 0.0)
+        return mean, hyper.deviations()[self._kinds]
 
     def _precision(self) -> Floats:
         _, deviation = self._prior(self.hyper)
@@ -154,40 +167,37 @@ class AdditiveModel:
 
     def _estimate(self) -> None:
         """Choose the hyper-parameters that the values make most likely."""
-        values = self._standard()
-        grams = [part @ part.T for part in (self._rows[:, 1 :: self._each], self._shape_rows())]
-        total = self._rows[:, 1 :: self._each].sum(1)
+        values, (centre, deviation) = self._standard(), self._hyper_prior
+        parts = [self._rows[:, self._kinds == kind] for kind in range(PAIR + 1)]
+        grams, total = np.stack([part @ part.T for part in parts]), parts[PROXY].sum(1)
 
         def loss(logs: Floats) -> float:
-            scale, spread, shape, noise = np.exp(logs)
-            matrix = (scale * spread) ** 2 * grams[0] + shape**2 * grams[1] + _OFFSET_DEVIATION**2
-            matrix[np.diag_indices(len(matrix))] += noise**2
-            rest = values - scale * total
+            hyper = Hyper(*np.exp(logs).tolist())
+            matrix = np.tensordot(hyper.deviations() ** 2, grams, 1)
+            matrix[np.diag_indices(len(matrix))] += hyper.noise**2
+            rest = values - hyper.scale * total
             factor = cho_factor(matrix, lower=True, overwrite_a=True)
             fit = 0.5 * rest @ cho_solve(factor, rest) + np.log(np.diagonal(factor[0])).sum()
-            return float(fit + 0.5 * (((logs - _HYPER_MEAN) / _HYPER_DEVIATION) ** 2).sum())
+            return float(fit + 0.5 * (((logs - centre) / deviation) ** 2).sum())
 
-        bounds = [(np.log(1e-3), np.log(3.0))] * len(_HYPER_MEAN)
+        bounds = [(np.log(1e-3), np.log(3.0))] * len(centre)
         # Much noise and hardly any are two valleys of the likelihood.
-        starts = [np.array([*_HYPER_MEAN[:3], np.log(noise)]) for noise in (0.6, 0.05, 0.005)]
+        starts = [np.array([*centre[:3], np.log(noise), *centre[4:]]) for noise in (0.6, 0.05, 0.005)]
         found = min(
             (minimize(loss, start, method="L-BFGS-B", bounds=bounds) for start in starts),
             key=lambda result: float(result.fun),
         )
         self.hyper = Hyper(*np.exp(found.x).tolist())
 
-    def _shape_rows(self) -> Floats:
-        keep = np.ones(self._rows.shape[1], dtype=bool)
-        keep[0] = keep[1 :: self._each] = False
-        return self._rows[:, keep]
-
     def _sampled(self, generator: np.random.Generator, count: int) -> Floats:
-        """Return draws of the weights given the values, all but the offset at least 0, ``(count, D)``."""
+        """Return draws of the weights given the values, ``(count, D)``."""
         mean, deviation = self._prior(self.hyper)
         precision = self._precision()
         pull = self._rows.T @ self._standard() / self.hyper.noise**2 + mean / deviation**2
         spread = 1 / np.sqrt(np.diagonal(precision))
-        weights = np.maximum(np.linalg.solve(precision, pull), 0.0)
+        rising = (self._kinds == PROXY) | (self._kinds == SHAPE)
+        weights = np.linalg.solve(precision, pull)
+        weights[rising] = np.maximum(weights[rising], 0.0)
         draws = np.empty((count, len(weights)))
         for sweep in range(_WARM + count):
             uniform = generator.random(len(weights))
@@ -195,7 +205,7 @@ class AdditiveModel:
                 rest = pull[at] - precision[at] @ weights + precision[at, at] * weights[at]
                 centre = rest * spread[at] ** 2
                 weights[at] = centre + spread[at] * _above(
-                    -np.inf if at == 0 else -centre / spread[at], uniform[at]
+                    -centre / spread[at] if rising[at] else -np.inf, uniform[at]
                 )
             if sweep >= _WARM:
                 draws[sweep - _WARM] = weights
@@ -216,6 +226,16 @@ def _shapes(steps: Widths, size: int) -> list[Floats]:
     curves = [np.log(share / low) / -np.log(low)] if low < 1 else [np.zeros(size + 1)]
     curves += [(share**power - low**power) / (1 - low**power) for power in (0.5, 1.0)]
     return [np.maximum(curve, 0.0) for curve in curves]
+
+
+def _tied_utility(proxy: Curves, allowed: Mapping[str, Widths], group: Sequence[str]) -> Floats:
+    """Return the utility of a tie of groups at each width of the first, ``(size + 1,)``."""
+    first, *others = group
+    utility = _utility(proxy[first], allowed[first])
+    for name in others:
+        at = _utility(proxy[name], allowed[name])[allowed[name]]
+        utility = utility + np.interp(np.arange(len(utility)), allowed[first], at)
+    return utility
 
 
 def _utility(error: Floats, steps: Widths) -> Floats:

@@ -22,17 +22,18 @@ from archsearch.allocation import solve
 from archsearch.cost import CostModel
 from archsearch.space import Widths
 from archsearch.targets import Target
+from archsearch.ties import Dimensions
 
 REACH = 3.0
 """Logits are in ``[-REACH, REACH]``: 0.05 to 0.95 before they are stretched."""
 
 _END = 1 / (1 + np.exp(REACH))
-_ALWAYS = 1e6
+_NEVER = 1e6
 
 
 def free_groups(allowed: Mapping[str, Widths]) -> list[str]:
-    """Return the groups that have a choice: the dimensions of the search."""
-    return [name for name, steps in allowed.items() if len(steps) > 1]
+    """Return the groups that have a choice, of each tie the first: the dimensions of the search."""
+    return [name for name in Dimensions(list(allowed), allowed).names if len(allowed[name]) > 1]
 
 
 def project(
@@ -41,7 +42,7 @@ def project(
     """Return the widths of a point: they meet all targets, and no group can take its next width.
 
     Args:
-        x: Logits by group; groups without one have 0.
+        x: Logits by group, for a tie that of its first one; groups without one have 0.
         cost: The costs as functions of the widths.
         allowed: The widths that each group may have, rising.
         targets: What must be met.
@@ -50,7 +51,11 @@ def project(
         InfeasibleError: If the smallest allowed widths are above a target.
     """
     sizes = cost.mapping(cost.sizes)
-    priorities = {name: x.get(name, 0.0) - _needed(allowed[name], sizes[name]) for name in cost.names}
+    priorities = {
+        name: x.get(group[0], 0.0) - _needed(allowed[name], sizes[name])
+        for group in Dimensions(cost.names, allowed).members
+        for name in group
+    }
     return solve(cost, priorities, allowed, targets)
 
 
@@ -60,12 +65,17 @@ def logits(widths: Mapping[str, int], allowed: Mapping[str, Widths]) -> dict[str
     It is exactly this architecture where it meets the targets and none of its groups can take its next
     width, as holds for everything that the allocations and ``project`` return; one with room left is filled.
     """
+    groups = {group[0]: group for group in Dimensions(list(allowed), allowed).members}
     return {
-        name: float(_needed(allowed[name], int(allowed[name][-1]))[max(widths[name], 1) - 1])
-        if widths[name] > allowed[name][0]
+        first: float(np.mean([_needed_at(allowed[name], widths[name]) for name in groups[first]]))
+        if widths[first] > allowed[first][0]
         else -REACH
-        for name in free_groups(allowed)
+        for first in free_groups(allowed)
     }
+
+
+def _needed_at(steps: Widths, width: int) -> float:
+    return float(_needed(steps, int(steps[-1]))[max(width, 1) - 1])
 
 
 def _needed(steps: Widths, size: int) -> npt.NDArray[np.float64]:
@@ -73,9 +83,7 @@ def _needed(steps: Widths, size: int) -> npt.NDArray[np.float64]:
     low, high = int(steps[0]), int(steps[-1])
     widths = np.arange(1, size + 1)
     if low == high:
-        return np.where(widths <= low, -_ALWAYS, _ALWAYS)
+        return np.where(widths <= low, -REACH, _NEVER)
     share = _END + (1 - 2 * _END) * np.clip((widths - low) / (high - low), 0, 1)
     needed = np.log(share / (1 - share))
-    needed[widths <= low] = -_ALWAYS
-    needed[widths > high] = _ALWAYS
-    return np.asarray(needed)
+    return np.where(widths > high, _NEVER, needed)

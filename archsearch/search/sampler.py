@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from archsearch.errors import UsageError
+from archsearch.errors import UnknownNameError, UsageError
 from archsearch.registry import Registry
 from archsearch.search.model import AdditiveModel
 from archsearch.search.project import REACH, logits
@@ -110,18 +112,60 @@ def told(study: optuna.Study) -> tuple[Widths, np.ndarray[Any, np.dtype[np.float
 
 Make = Callable[[int], BaseSampler]
 
-SAMPLERS: Registry[Make] = Registry("sampler")
+
+class _Samplers(Registry[Make]):
+    """The short names, and Optuna's classes by their own, with ``optuna:`` before them or without."""
+
+    def __getitem__(self, name: str) -> Make:
+        """Return what makes a sampler from a seed.
+
+        Raises:
+            UnknownNameError: If neither this nor Optuna knows the name.
+            UsageError: If it names a class that cannot be used here; says why.
+        """
+        if name.startswith(_PREFIX) or (name not in self and name in optuna.samplers.__all__):
+            return _of_optuna(name.removeprefix(_PREFIX))
+        return super().__getitem__(name)
+
+
+_PREFIX = "optuna:"
+
+SAMPLERS = _Samplers("sampler", hint="(or a class of optuna.samplers, such as QMCSampler)")
 SAMPLERS.register("tpe")(lambda seed: optuna.samplers.TPESampler(seed=seed))
 SAMPLERS.register("gp")(lambda seed: optuna.samplers.GPSampler(seed=seed))
 SAMPLERS.register("nsga2")(lambda seed: optuna.samplers.NSGAIISampler(population_size=30, seed=seed))
 SAMPLERS.register("random")(lambda seed: optuna.samplers.RandomSampler(seed=seed))
 
 
-@SAMPLERS.register("cmaes")
-def _cmaes(seed: int) -> BaseSampler:
-    if find_spec("cmaes") is None:
-        raise UsageError("--sampler cmaes needs the package cmaes: pip install cmaes")
-    return optuna.samplers.CmaEsSampler(seed=seed)
+def _of_optuna(name: str) -> Make:
+    """Return what makes the sampler of an Optuna class, which is tried on a study of its own first."""
+    known = {
+        each: found
+        for each in optuna.samplers.__all__
+        if isinstance(found := getattr(optuna.samplers, each), type) and issubclass(found, BaseSampler)
+    }
+    if name not in known:
+        raise UnknownNameError("class of optuna.samplers", name, known)
+    make, parameters = known[name], inspect.signature(known[name]).parameters
+    needed = [each for each, value in parameters.items() if value.default is inspect.Parameter.empty]
+    if hasattr(sys.modules[make.__module__], "pickle"):
+        raise UsageError(
+            f"--sampler {name}: unpickles what it finds in the study, which may be code of somebody else: "
+            f"take one of {', '.join(SAMPLERS)}"
+        )
+    if needed:
+        raise UsageError(f"--sampler {name}: needs arguments ({', '.join(needed)}), which a name cannot give")
+
+    def made(seed: int) -> BaseSampler:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return make(**({"seed": seed} if "seed" in parameters else {}))
+
+    try:
+        optuna.create_study(sampler=made(0)).ask(distributions(["one", "other"]))
+    except Exception as error:  # whatever a class does that is not made for points like these
+        raise UsageError(f"--sampler {name}: cannot be used here: {error}") from error
+    return made
 
 
 MODEL = "model"
@@ -140,7 +184,7 @@ def make_sampler(
     """Return a sampler for the rest of a study.
 
     Args:
-        name: ``model``, or a name in ``SAMPLERS``.
+        name: ``model``, a name in ``SAMPLERS``, or that of an Optuna class.
         names: The groups that have a choice.
         seed: Of the study.
         trials: That the study has; Optuna's samplers would repeat their first points otherwise.

@@ -9,30 +9,31 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.samplers import BaseSampler
-from optuna.trial import Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.engine import URL
 
 from archsearch import files
 from archsearch.cost import CostModel
-from archsearch.errors import DivergedError, IntegrityError
+from archsearch.errors import IntegrityError
+from archsearch.latency.table import LatencyTable
+from archsearch.on_device import predicted
+from archsearch.search import storage
+from archsearch.search.claims import Claims, claims
 from archsearch.search.project import REACH, free_groups, logits, project
 from archsearch.search.sampler import WIDTHS
 from archsearch.space import Widths
 from archsearch.targets import Target
 from archsearch.trainer import Say
 
-FILE = "study.db"
-ORIGIN, SEED, DIVERGED, IDENTITY = "origin", "seed", "diverged", "identity"
-
-Value = Callable[[Mapping[str, int], int], float]
-"""Returns what widths are worth, given a seed; larger is better."""
+ORIGIN, SEED, IDENTITY = "origin", "seed", "identity"
+REASONS = ("diverged", "error", "lost")
+"""The user attributes that say why a trial ended without a value."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,13 @@ class Surface:
         cost: The costs as functions of the widths.
         allowed: The widths that each group may have, rising.
         targets: What each trial meets.
+        table: Of the device whose latency counts, if one does.
     """
 
     cost: CostModel
     allowed: Mapping[str, Widths]
     targets: Sequence[Target]
+    table: LatencyTable | None = None
 
     @property
     def names(self) -> list[str]:
@@ -68,36 +71,69 @@ class Surface:
         x = {name: trial.suggest_float(name, -REACH, REACH) for name in self.names}
         return project(x, self.cost, self.allowed, self.targets)
 
+    def facts(self, widths: Mapping[str, int]) -> dict[str, Any]:
+        """Return what widths cost, as user attributes of a trial; the widths themselves come last."""
+        cost, reference = self.cost.of(widths), self.cost.reference
+        found: dict[str, Any] = {
+            "macs": cost.macs,
+            "macs_kept": cost.macs / reference.macs,
+            "params": cost.params,
+        }
+        if self.table is not None:
+            seen = predicted(self.table, widths)
+            found |= {
+                "latency_ms": seen["predicted_ms"],
+                "latency_low_ms": seen["low_ms"],
+                "latency_high_ms": seen["high_ms"],
+                "latency_kept": seen["predicted_ms"] / seen["reference_ms"],
+            }
+        return {**found, WIDTHS: json.dumps(self.cost.array(widths).tolist())}
+
 
 @contextlib.contextmanager
-def opened(directory: Path, identity: Mapping[str, Any]) -> Iterator[optuna.Study]:
+def joined(
+    directory: Path, identity: Mapping[str, Any], url: URL | None = None, say: Say = lambda line: None
+) -> Iterator[tuple[optuna.Study, Claims]]:
     """Open the study of a run directory, which is this process's alone until the end.
 
     Args:
         directory: Is created if need be.
         identity: What decides the values, as plain data.
+        url: Of a database that drivers share, each with a run directory of its own.
+        say: Takes lines for the user.
+
+    Yields:
+        The study, and what says which of its trials are this driver's.
 
     Raises:
-        StorageError: If another process searches there.
+        StorageError: If another process searches there, or the database cannot be reached.
         IntegrityError: If the study there is another one; names the first field that differs.
     """
     files.probe(directory, 2**22)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    path = (directory / FILE).resolve()
-    url = URL.create("sqlite", database=str(path)).render_as_string()
-    with files.lock(directory):
-        storage = optuna.storages.RDBStorage(url)
-        try:
-            study = optuna.create_study(
-                study_name="search", storage=storage, direction="maximize", load_if_exists=True
-            )
-            _check(study, json.loads(json.dumps(identity)), path)
-            yield study
-        finally:
-            storage.engine.dispose()
+    plain = json.loads(json.dumps(identity))
+    with files.lock(directory), storage.storage(directory, url, say) as place:
+        study = optuna.create_study(
+            study_name=storage.study_name(url, plain),
+            storage=place,
+            direction="maximize",
+            load_if_exists=True,
+        )
+        where = directory / storage.FILE if url is None else storage.named(url)
+        with claims(study, place, directory) as claimed:
+            with claimed.turn():
+                _check(study, plain, str(where))
+            yield study, claimed
 
 
-def _check(study: optuna.Study, identity: Mapping[str, Any], path: Path) -> None:
+@contextlib.contextmanager
+def opened(directory: Path, identity: Mapping[str, Any]) -> Iterator[optuna.Study]:
+    """Open the study of a run directory as its only driver; arguments and errors as of ``joined``."""
+    with joined(directory, identity) as (study, _):
+        yield study
+
+
+def _check(study: optuna.Study, identity: Mapping[str, Any], where: str) -> None:
     before = study.user_attrs.get(IDENTITY)
     if before is None:
         study.set_user_attr(IDENTITY, dict(identity))
@@ -105,90 +141,32 @@ def _check(study: optuna.Study, identity: Mapping[str, Any], path: Path) -> None
     for field in [*identity, *before]:
         if before.get(field) != identity.get(field):
             raise IntegrityError(
-                f"{path}: is another search: {field} was {before.get(field)!r} and now is "
+                f"{where}: is another search: {field} was {before.get(field)!r} and now is "
                 f"{identity.get(field)!r}; give another --out, or delete this study"
             )
 
 
-def run(
-    study: optuna.Study,
-    surface: Surface,
-    sampler: BaseSampler,
-    value: Value,
-    trials: int,
-    starts: Sequence[Start],
-    seed: int,
-    say: Say,
-) -> None:
-    """Go on with a study until it has as many trials as asked for.
-
-    Args:
-        study: As ``opened``.
-        surface: Where the points are projected to.
-        sampler: Chooses the points.
-        value: What widths are worth.
-        trials: Finished ones, those that diverged among them.
-        starts: What is looked at first.
-        seed: Of the trials that are no start.
-        say: Takes lines for the user.
-    """
-    study.sampler = sampler
-    _recover(study, surface, value)
-    _enqueue(study, surface, starts)
-    while (done := finished(study)) < trials:
-        trial = study.ask()
-        widths = surface.suggest(trial)
-        cost, reference = surface.cost.of(widths), surface.cost.reference
-        facts = {
-            ORIGIN: trial.user_attrs.get(ORIGIN, type(sampler).__name__),
-            SEED: trial.user_attrs.get(SEED, seed),
-            "macs": cost.macs,
-            "macs_kept": cost.macs / reference.macs,
-            "params": cost.params,
-            # Last: where a trial has widths, it has all of these.
-            WIDTHS: json.dumps(surface.cost.array(widths).tolist()),
-        }
-        for name, fact in facts.items():
-            trial.set_user_attr(name, fact)
-        try:
-            found = value(widths, facts[SEED])
-        except DivergedError as error:
-            trial.set_user_attr(DIVERGED, str(error))
-            study.tell(trial, state=TrialState.FAIL)
-            say(f"trial {done + 1} of {trials}: {error}")
-            continue
-        study.tell(trial, found)
-        say(
-            f"trial {done + 1} of {trials}: {found:.4g} "
-            f"({facts[ORIGIN]}, {facts['macs_kept']:.4f} of the MACs)"
-        )
-
-
 def finished(study: optuna.Study) -> int:
-    """Return how many trials have ended: with a value, or diverged."""
-    ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL))
-    return sum(trial.state == TrialState.COMPLETE or DIVERGED in trial.user_attrs for trial in ended)
+    """Return how many trials have ended: with a value, stopped early, or with a reason for having none."""
+    return sum(counts(trial) for trial in study.get_trials(deepcopy=False))
 
 
-def _recover(study: optuna.Study, surface: Surface, value: Value) -> None:
-    """Finish the trial that a killed driver was at; one that had no widths yet is given up."""
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        try:
-            if WIDTHS not in trial.user_attrs:
-                study.tell(trial.number, state=TrialState.FAIL)
-                continue
-            widths = surface.cost.mapping(json.loads(trial.user_attrs[WIDTHS]))
-            study.tell(trial.number, value(widths, trial.user_attrs[SEED]))
-        except DivergedError:
-            study.tell(trial.number, state=TrialState.FAIL)
+def counts(trial: FrozenTrial) -> bool:
+    """Return whether a trial has ended and is one of those asked for.
+
+    One that failed without a reason is the remainder of a driver that was killed before it had any widths.
+    """
+    if trial.state == TrialState.FAIL:
+        return any(reason in trial.user_attrs for reason in REASONS)
+    return trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
 
 
-def _enqueue(study: optuna.Study, surface: Surface, starts: Sequence[Start]) -> None:
-    lost = (TrialState.FAIL,)
+def enqueue(study: optuna.Study, surface: Surface, starts: Sequence[Start]) -> None:
+    """Enqueue the architectures that a search looks at first, unless they are there."""
     known = {
         (trial.user_attrs.get(ORIGIN), trial.user_attrs.get(SEED))
         for trial in study.get_trials(deepcopy=False)
-        if trial.state not in lost or DIVERGED in trial.user_attrs
+        if trial.state != TrialState.FAIL or counts(trial)
     }
     for start in starts:
         if (start.origin, start.seed) not in known:

@@ -1,0 +1,68 @@
+"""The tables of this machine: measured when one is first asked for, and found again by what they are of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from archsearch import files
+from archsearch.latency.accuracy import assess
+from archsearch.latency.meter import Meter, Settings
+from archsearch.latency.profile import Allowed, Profile
+from archsearch.latency.subject import Subject
+from archsearch.latency.table import LatencyTable
+from archsearch.rebuild import Traced
+
+TABLE = "dev.lat.json"
+
+
+def own_table(
+    traced: Traced,
+    allowed: Allowed,
+    settings: Settings,
+    directory: Path,
+    *,
+    meter: Meter | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> LatencyTable:
+    """Return the table of a network on this machine; measure it where there is none yet.
+
+    What was measured of one that was stopped is found again. Another driver, another version of the runtime,
+    another batch make another table, each in a directory of its own.
+
+    Args:
+        traced: The reference.
+        allowed: Returns the widths that each group may have, given the multiples of channels worth having.
+        settings: What runs it, and how well to measure.
+        directory: Of all tables.
+        meter: What measures; the runtime by default.
+        say: Called with each line for the user.
+
+    Raises:
+        StorageError: If another process measures the same table now.
+        UsageError: If the network cannot be measured here.
+    """
+    subject = Subject(traced, settings)
+    name = "-".join([traced.name, settings.runtime, settings.device, f"b{settings.batch}", settings.dtype])
+    home = directory / f"{''.join(c if c.isalnum() or c in '._-' else '-' for c in name)}-{subject.key[:12]}"
+    path = home / TABLE
+    if path.exists():
+        say(f"latency: by {path}")
+        return LatencyTable.read(path, subject.fingerprint)
+    files.probe(home, 2**20)
+    with files.lock(home):
+        if path.exists():
+            return LatencyTable.read(path, subject.fingerprint)
+        say(f"latency: there is no table of {traced.name} on this machine yet: measures {path}")
+        profile = Profile(traced, allowed, settings, journal=journal_of(path), meter=meter, say=say)
+        table = profile.run()
+        table.write(path)
+        profile.finish()
+    for complaint in assess(table).complaints:
+        say(f"latency: the table is not as good as it should be: {complaint}")
+    return table
+
+
+def journal_of(table: Path) -> Path:
+    """Return where the measurements of a table stand until it is written."""
+    return table.with_name(f"{table.name}.part")

@@ -1,0 +1,86 @@
+"""What a search leaves in its run directory, the study aside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from archsearch import files
+from archsearch.architecture import Architecture
+from archsearch.on_device import note, verdict
+from archsearch.rebuild import Traced
+from archsearch.results import Record
+from archsearch.search.finals import Outcome
+from archsearch.targets import Target
+from archsearch.tensor_files import write_tensors
+from archsearch.trainer import Say
+
+ARCHITECTURE, WEIGHTS = "architecture.yaml", "weights.safetensors"
+
+FINALISTS = "finalists"
+"""In the run directory: an architecture file of each finalist."""
+
+UNIFORM = f"{FINALISTS}/uniform.yaml"
+"""That of uniform widths, which is there from the beginning."""
+
+_PAGES = ("validation", "calibration")
+"""Conditions that are tables, and stand in the results alone."""
+
+_TIMES = ("predicted_ms", "low_ms", "high_ms", "measured_ms", "measured_share", "stable")
+
+
+def exported(
+    traced: Traced, outcome: Outcome, record: Record, out: Path
+) -> tuple[Architecture, Sequence[Path]]:
+    """Write architecture, weights and results; return the architecture, and all files."""
+    provenance = {name: fact for name, fact in record.conditions.items() if name not in _PAGES}
+    provenance["widths of"] = outcome.exported.name
+    architecture = traced.architecture(outcome.exported.widths, provenance)
+    path = out / ARCHITECTURE
+    # The very same network keeps the date of its first file.
+    if not path.exists() or Architecture.read(path).key != architecture.key:
+        architecture.write(path)
+    write_tensors(out / WEIGHTS, outcome.model.state_dict())
+    return architecture, [path, out / WEIGHTS, *record.write(out)]
+
+
+def write_finalist(traced: Traced, name: str, widths: Mapping[str, int], out: Path) -> tuple[Path, str]:
+    """Write the architecture file of a finalist; return it and the architecture's key.
+
+    A file of the same network stays, with what was measured of it.
+    """
+    architecture = traced.architecture(widths, {"widths of": name})
+    files.probe(out / FINALISTS, 2**20)
+    path = out / FINALISTS / f"{''.join(c if c.isalnum() or c in '._' else '-' for c in name)}.yaml"
+    if not path.exists() or Architecture.read(path).key != architecture.key:
+        architecture.write(path)
+    return path, architecture.key
+
+
+def timed(
+    times: Mapping[str, Mapping[str, Any]],
+    outcome: Outcome,
+    record: Record,
+    targets: list[Target],
+    out: Path,
+    say: Say,
+) -> tuple[Architecture, Record]:
+    """Add the latencies of the finalists to what was exported; return the new content.
+
+    Args:
+        times: What is known of each finalist's latency, by name.
+        outcome: Says which one was exported.
+        record: The results so far.
+        targets: What had to be met.
+        out: The run directory.
+        say: Takes a line for each finalist.
+    """
+    for name, seen in times.items():
+        say(f"{name}: {verdict(seen, targets)}")
+    latencies = {name: {key: seen[key] for key in _TIMES if key in seen} for name, seen in times.items()}
+    seen = dict(times[outcome.exported.name])
+    record = replace(record, conditions={**record.conditions, "latency": seen, "latencies": latencies})
+    record.write(out)
+    return note(out / ARCHITECTURE, seen), record

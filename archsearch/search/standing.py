@@ -1,0 +1,167 @@
+"""How a search stands: ``archsearch search status|best|export``. Nothing is written into its directory."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+
+from archsearch.architecture import Architecture
+from archsearch.errors import UsageError
+from archsearch.rebuild import Traced, trace_architecture
+from archsearch.search.export import UNIFORM
+from archsearch.search.overview import FACTS
+from archsearch.search.reading import reading
+from archsearch.search.recommendation import Recommendation
+from archsearch.search.sampler import WIDTHS
+from archsearch.search.study import ORIGIN, counts
+
+RECENT = 20
+"""So many of the last trials say how long the next ones take."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A search as it is now.
+
+    Attributes:
+        run: Its directory.
+        facts: What is searched.
+        trials: All of them.
+        recommendation: Of the model, once there is one.
+    """
+
+    run: Path
+    facts: Mapping[str, Any]
+    trials: tuple[FrozenTrial, ...]
+    recommendation: Recommendation | None
+
+    @classmethod
+    def read(cls, run: Path) -> Standing:
+        """Look at a run directory; a search may be running there.
+
+        Raises:
+            UsageError: If there is no search.
+        """
+        with reading(run) as study:
+            facts = study.user_attrs.get(FACTS)
+            if facts is None:
+                raise UsageError(f"{run}: the search has not begun its trials yet: look again later")
+            trials = tuple(study.get_trials(deepcopy=False))
+        return cls(run, facts, trials, Recommendation.read(run))
+
+    def status(self) -> Iterable[str]:
+        """Yield what a person wants to know, in lines."""
+        done = [trial for trial in self.trials if counts(trial)]
+        states = Counter(trial.state.name.lower() for trial in self.trials)
+        yield f"{self.facts['model']} on {self.facts['data']}, {', '.join(self.facts['targets'])}"
+        yield (
+            f"{len(done)} of {self.facts['trials']} trials have ended "
+            f"({', '.join(f'{count} {state}' for state, count in sorted(states.items()))})"
+        )
+        valued = [trial for trial in done if trial.value is not None]
+        if valued:
+            best = max(valued, key=_value)
+            yield (
+                f"highest value: {_value(best):.4g}, trial {best.number} ({best.user_attrs[ORIGIN]}); "
+                "the luckiest of many, not a result"
+            )
+        uniform = [_value(t) for t in valued if str(t.user_attrs[ORIGIN]).startswith("uniform")]
+        if len(uniform) > 1:
+            yield (
+                f"noise: {len(uniform)} trainings of uniform widths, mean {fmean(uniform):.4g}, standard "
+                f"deviation {stdev(uniform):.2g}"
+            )
+        spent = sum(trial.user_attrs.get("seconds", 0.0) for trial in self.trials)
+        yield f"training so far: {_time(spent)}"
+        left = self._left(done)
+        if left is not None:
+            yield f"about {_time(left)} left, as the last trials took, and the finals"
+
+    def best(self, *, trust_code: bool = False) -> str:
+        """Return the recommended widths and what the model expects of them, in lines.
+
+        Args:
+            trust_code: As for ``export``.
+        """
+        found = self._recommended()
+        sizes = dict(self.facts["groups"])
+        unit = " points" if self.facts["objective"] != "proxy" else ""
+        cost = self._traced(trust_code).cost
+        expected = (
+            f"expected gain over uniform widths: {found.gain:+.2f}{unit}, "
+            f"{found.low:+.2f} to {found.high:+.2f} with 95 % by what the model believes; "
+            f"noise of a trial {found.noise:.2g}"
+        )
+        lines = [
+            f"not a result: the finals decide. {found.trials} trials have a value by now",
+            expected,
+            f"{cost.of(found.widths).macs:,} MACs, {cost.of(found.widths).params:,} parameters",
+            *(f"{name}: {width} of {sizes[name]}" for name, width in found.widths.items()),
+        ]
+        return "\n".join(lines)
+
+    def export(self, path: Path, trial: int | None = None, *, trust_code: bool = False) -> Architecture:
+        """Write an architecture file of the recommendation, or of a trial.
+
+        Args:
+            path: The file.
+            trial: Number of the trial.
+            trust_code: Whether a model that names the user's own code may be imported.
+
+        Raises:
+            UsageError: If there is no such trial, or no recommendation yet.
+        """
+        widths = self._recommended().widths if trial is None else self._widths(trial)
+        traced = self._traced(trust_code)
+        if 0 in widths.values() and not traced.graph.branches:
+            traced = traced.with_branches()
+        provenance = {
+            "method": "search",
+            "target": ", ".join(self.facts["targets"]),
+            "widths of": "the model's recommendation, not in finals" if trial is None else f"trial {trial}",
+            "data": self.facts["data"],
+        }
+        architecture = traced.architecture(widths, provenance)
+        architecture.write(path)
+        return architecture
+
+    def _recommended(self) -> Recommendation:
+        if self.recommendation is None:
+            raise UsageError(f"{self.run}: the model recommends nothing yet: look again after a few trials")
+        return self.recommendation
+
+    def _widths(self, number: int) -> dict[str, int]:
+        if not 0 <= number < len(self.trials) or WIDTHS not in self.trials[number].user_attrs:
+            raise UsageError(f"--trial {number}: has no widths; trials are 0 to {len(self.trials) - 1}")
+        widths = json.loads(self.trials[number].user_attrs[WIDTHS])
+        return {name: width for (name, _), width in zip(self.facts["groups"], widths, strict=True)}
+
+    def _traced(self, trust_code: bool) -> Traced:
+        path = self.run / UNIFORM
+        return trace_architecture(Architecture.read(path), trust_code=trust_code, where=str(path))
+
+    def _left(self, done: list[FrozenTrial]) -> float | None:
+        """Return how many seconds the rest of the trials will take, if one is running."""
+        running = any(trial.state == TrialState.RUNNING for trial in self.trials)
+        ends = sorted(trial.datetime_complete for trial in done if trial.datetime_complete is not None)
+        ends = ends[-RECENT - 1 :]
+        if not running or len(ends) < 2:
+            return None
+        each_s = (ends[-1] - ends[0]).total_seconds() / (len(ends) - 1)
+        return float(each_s * (self.facts["trials"] - len(done)))
+
+
+def _value(trial: FrozenTrial) -> float:
+    return float("-inf") if trial.value is None else trial.value
+
+
+def _time(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

@@ -1,0 +1,125 @@
+"""A search in processes of its own, some of which are killed in the middle."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from find_case import ENVIRONMENT, FACTORY
+
+from archsearch.search.task import read_progress
+
+TRIALS = 6
+SEARCH = [
+    *(sys.executable, "-m", "archsearch.cli", "search", "--model", FACTORY, "--trust-code"),
+    *("--argument", "in_channels=1", "--data", "digits", "--flops", "0.5", "--trials", str(TRIALS)),
+    *(
+        "--jobs",
+        "2",
+        "--objective",
+        "full",
+        "--epochs",
+        "15",
+        "--train-share",
+        "0.3",
+        "--finals",
+        "2",
+        "--device",
+        "cpu",
+    ),
+]
+
+
+def command(directory: Path) -> list[str]:
+    return [*SEARCH, "--store", str(directory / "store"), "--out", str(directory / "out")]
+
+
+def until(condition: Callable[[], object], process: subprocess.Popen[Any]) -> None:
+    end_s = time.monotonic() + 300
+    while not condition():
+        assert process.poll() is None, "it ended too early"
+        assert time.monotonic() < end_s
+        time.sleep(0.02)
+
+
+def workers_of(pid: int) -> list[int]:
+    """Return the children of a process that are workers."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [
+        int(child)
+        for child in children
+        if b"archsearch.search.worker" in Path(f"/proc/{child}/cmdline").read_bytes()
+    ]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def trials(directory: Path) -> list[optuna.trial.FrozenTrial]:
+    storage = optuna.storages.RDBStorage(f"sqlite:///{directory / 'out' / 'study.db'}")
+    found = optuna.load_study(study_name="search", storage=storage).get_trials()
+    storage.engine.dispose()
+    return found
+
+
+def killed_in_the_middle(workers: Sequence[int], tasks: Path) -> bool:
+    """Hold all workers; kill them if a task is between its first epoch and its result."""
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)
+    begun = [task for task in tasks.glob("0*") if read_progress(task)]
+    middle = any(not (task / "result.json").exists() for task in begun)
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL if middle else signal.SIGCONT)
+    return middle
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for the workers in /proc")
+def test_neither_a_killed_worker_nor_a_killed_driver_costs_a_trial(tmp_path: Path) -> None:
+    killed, tasks = tmp_path / "killed", tmp_path / "killed" / "out" / "tasks"
+    with subprocess.Popen(command(killed), stderr=subprocess.PIPE, env=ENVIRONMENT) as driver:
+        # The workers die in the middle of a training: their tasks go on with others.
+        until(lambda: killed_in_the_middle(workers_of(driver.pid), tasks), driver)
+        # The driver dies with some trials told and others in flight: its workers go with it.
+        until(lambda: len(list(tasks.glob("*/result.json"))) >= 3, driver)
+        workers = workers_of(driver.pid)
+        os.kill(driver.pid, signal.SIGKILL)
+        assert driver.wait() == -signal.SIGKILL
+        assert driver.stderr is not None
+        said = driver.stderr.read().decode()
+    assert "was killed by signal 9: started again from its checkpoint" in said
+    end_s = time.monotonic() + 120
+    while any(map(is_alive, workers)):
+        assert time.monotonic() < end_s
+        time.sleep(0.05)
+    told = {t.number: t.value for t in trials(killed) if t.state.name == "COMPLETE"}
+    finished = {path: path.stat().st_mtime_ns for path in killed.rglob("store/trainings/*/result.json")}
+    assert told and len(finished) < TRIALS
+
+    assert subprocess.run(command(killed), env=ENVIRONMENT, check=False).returncode == 0
+    after = trials(killed)
+    assert [t.state.name for t in after] == ["COMPLETE"] * TRIALS
+    assert all(after[number].value == value for number, value in told.items())
+    # Nothing that was trained is trained again, and nothing is trained twice.
+    assert all(path.stat().st_mtime_ns == written for path, written in finished.items())
+
+    # A resumed training counts all its epochs, and no two trials have trained the same thing.
+    assert {t.user_attrs["epochs"] for t in after} == {15}
+    trained = [t.user_attrs["training"] for t in after if "same_as" not in t.user_attrs]
+    assert (
+        len(trained)
+        == len(set(trained))
+        == len({(t.user_attrs["widths"], t.user_attrs["seed"]) for t in after})
+    )
