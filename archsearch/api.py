@@ -17,7 +17,7 @@ from archsearch.models import ModelSource, pretrained, resolve
 from archsearch.on_device import Device, aimed, device_of, measured, note, predicted, verdict
 from archsearch.pipeline import Found
 from archsearch.pipeline import find as run_plan
-from archsearch.plan import Plan
+from archsearch.plan import NO_PROXY, Plan
 from archsearch.presets import PRESETS
 from archsearch.rebuild import Traced, trace_module, trace_source
 from archsearch.recipe import RECIPES, Recipe
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 SEARCH = "search"
 """The method that is no pruner: many networks are trained."""
 
-PROXY = "l1_norm"
-"""The pruner that a search starts from where none is named."""
+PRUNER = "l1_norm"
+"""The pruner whose widths a search is compared with where none is named."""
 
 
 def default_recipe(data: str) -> str:
@@ -173,7 +173,7 @@ def find(
         raise UsageError(f"search says how to search: give method={SEARCH!r}, not {method!r}")
     plan = Plan(
         targets=targets,
-        method=(search or {}).get("proxy", PROXY) if searches else method,
+        method=_pruner(search or {}) if searches else method,
         options=options or {},
         allocation=allocation,
         preset=chosen,
@@ -285,7 +285,8 @@ def search(
     sampler: str = "model",
     thompson: float = 0.0,
     rungs: str | None = None,
-    proxy: str = "l1_norm",
+    proxy: str = NO_PROXY,
+    interactions: bool = False,
     calibrate: int = 0,
     finals: int = 3,
     top: int | None = None,
@@ -308,7 +309,9 @@ def search(
         sampler: ``"model"``, or one of Optuna's to compare with.
         thompson: Share of the model's trials that are drawn from what it believes so far.
         rungs: Where trials are stopped early, in percent of their schedule, such as ``"25,50"``.
-        proxy: The pruner whose curves the model starts from; ``options`` holds its hyper-parameters.
+        proxy: The pruner whose curves the model starts from; ``options`` holds its hyper-parameters. With
+            ``"uniform"`` it starts from the belief that uniform widths are hard to beat.
+        interactions: Whether the model has products of neighbouring groups.
         calibrate: With how many networks to measure first how well each objective ranks.
         finals: How many fresh seeds each finalist gets.
         top: How many of the best trials are finalists.
@@ -331,6 +334,7 @@ def search(
         "thompson": thompson,
         "rungs": rungs,
         "proxy": proxy,
+        "interactions": interactions,
         "calibrate": calibrate,
         "finals": finals,
         "top": top,
@@ -342,6 +346,11 @@ def search(
     }
     found = find(model, method=SEARCH, search=settings, budget=budget, out=out, **options)
     return cast("Searched", found)
+
+
+def _pruner(settings: Mapping[str, Any]) -> str:
+    name = str(settings.get("proxy", NO_PROXY))
+    return PRUNER if name == NO_PROXY else name
 
 
 def _asked(

@@ -15,6 +15,9 @@ from archsearch.recipe import BUDGETS, Recipe
 from archsearch.space import SearchSpace
 from archsearch.targets import Target
 
+NO_PROXY = "uniform"
+"""What a search starts from without a pruner's curves: the belief that uniform widths are hard to beat."""
+
 
 @dataclass(frozen=True)
 class Plan:

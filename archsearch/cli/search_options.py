@@ -38,7 +38,13 @@ def search_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         "--rungs", metavar="A,B", help="stop trials early at these percents of their schedule, such as 25,50"
     )
     group.add_argument(
-        "--proxy", default="l1_norm", metavar="NAME", help="pruner whose curves are the proxy (%(default)s)"
+        "--proxy",
+        default="uniform",
+        metavar="NAME",
+        help="pruner whose curves the model starts from, or uniform widths (%(default)s)",
+    )
+    group.add_argument(
+        "--interactions", action="store_true", help="the model has products of neighbouring groups"
     )
     group.add_argument(
         "--calibrate",
@@ -65,7 +71,7 @@ def _finals_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--baselines",
         metavar="A,B,…",
-        help="methods whose widths are finalists, NAME or NAME:ALLOCATION (the proxy's knapsack)",
+        help="methods whose widths are finalists, NAME or NAME:ALLOCATION (l1_norm:knapsack)",
     )
 
 
@@ -93,9 +99,10 @@ def search_values(options: argparse.Namespace) -> dict[str, Any]:
         "gpus": options.gpus_per_task,
         "slurm": named_values(options.slurm, "--slurm") or None,
     }
-    names = ("trials", "objective", "short", "sampler", "thompson", "proxy", "calibrate", "finals", "top")
+    quest = ("trials", "objective", "short", "sampler", "thompson", "proxy", "interactions", "rungs")
+    more = ("calibrate", "finals", "top", "jobs", "engine", "storage")
     return {
-        **{name: getattr(options, name) for name in (*names, "rungs", "jobs", "engine", "storage")},
+        **{name: getattr(options, name) for name in (*quest, *more)},
         "baselines": None
         if options.baselines is None
         else [name for name in options.baselines.split(",") if name],

@@ -7,12 +7,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from archsearch.errors import UnknownNameError, UsageError
-from archsearch.plan import Plan
+from archsearch.plan import NO_PROXY, Plan
 from archsearch.search.crew import Crew
 from archsearch.search.quest import Quest
 from archsearch.search.rungs import Rungs
 
-_QUEST = tuple(each.name for each in fields(Quest) if each.name != "plan")
+_QUEST = tuple(each.name for each in fields(Quest) if each.name not in ("plan", "informed"))
 _CREW = {"jobs": "jobs", "engine": "engine", "engine_options": "options"}
 SETTINGS = ("proxy", *_QUEST, *_CREW, "storage")
 """What ``find`` takes in ``search``."""
@@ -45,7 +45,7 @@ def asked(settings: Mapping[str, Any], plan: Plan, **workers: Any) -> Asked:
 
     Args:
         settings: By the names in ``SETTINGS``; ``rungs`` may be a text such as ``"25,50"``.
-        plan: What to find, with the proxy as its method.
+        plan: What to find, with the proxy as its method if there is one.
         workers: What else workers must know, as fields of ``Crew``.
 
     Raises:
@@ -68,4 +68,5 @@ def asked(settings: Mapping[str, Any], plan: Plan, **workers: Any) -> Asked:
     if not isinstance(words.get("rungs"), Rungs):
         words["rungs"] = Rungs.parse(words.get("rungs"))
     crew = {field: settings[name] for name, field in _CREW.items() if settings.get(name) is not None}
+    words["informed"] = settings.get("proxy", NO_PROXY) != NO_PROXY
     return Asked(Quest(plan, **words), Crew(**crew, **workers), settings.get("storage"))

@@ -30,6 +30,7 @@ from archsearch.search.model import AdditiveModel
 from archsearch.search.objectives import OBJECTIVES
 from archsearch.search.overview import FACTS
 from archsearch.search.page import write_plots
+from archsearch.search.pairs import PairedModel
 from archsearch.search.pictures import missing
 from archsearch.search.posterior import Posterior
 from archsearch.search.project import project
@@ -197,7 +198,7 @@ class _Search:
             },
             "uniform": [self.uniform[name] for name in cost.names],
             **({"command": conditions["command"]} if "command" in conditions else {}),
-            "proxy": quest.plan.label,
+            "proxy": quest.proxy,
             "objective": quest.objective,
             "short": quest.short,
             "sampler": quest.sampler,
@@ -236,9 +237,9 @@ class _Search:
     def trials(self, study: optuna.Study, claims: Claims) -> None:
         """Evaluate the trials: uniform widths first, which show the noise."""
         quest, surface, seed = self._quest, self._surface, self._quest.plan.seed
-        self._model = AdditiveModel(
-            self._traced.cost, surface.allowed, quest.plan.targets, self._reference.curves
-        )
+        believed = self._reference.curves if quest.informed else None
+        kind = PairedModel if quest.interactions else AdditiveModel
+        self._model = kind(self._traced.cost, surface.allowed, quest.plan.targets, believed)
         starts = [Start("uniform", self.uniform, seed)]
         noisy = OBJECTIVES[quest.objective].trains
         if noisy:
@@ -351,7 +352,7 @@ class _Search:
     def _widths_of(self, baseline: str) -> Mapping[str, int]:
         """Return what a method finds at the targets."""
         plan = self._quest.plan
-        if baseline == self._quest.proxy:
+        if baseline == self._quest.allocated:
             return LeastError().widths(
                 self._traced.cost, self._reference.curves, self._surface.allowed, plan.targets
             )

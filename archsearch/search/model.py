@@ -8,7 +8,12 @@ The accuracy of widths is taken as a sum of rising, smooth utility curves, one a
 with all weights at least 0, so that curves rise. Before anything is trained, ``a_g`` is normal around one
 scale for all groups and ``b`` around 0; how wide, how large the scale and how strong the noise are estimated
 from the values, by the marginal likelihood (Rasmussen and Williams, 2006, equation 2.30 and section 2.7).
-Without a proxy every group has the square root of its kept share: diminishing returns, alike everywhere.
+Without a proxy the model starts from curves for which uniform widths are the best (``prior.py``). The smooth
+curves of a group count as much as its part of the cost, so that they favour no direction either.
+
+A training that collapsed says more about its recipe than about its widths: values that are further below
+the lower quartile than three times the distance of the quartiles count as if they were there (Tukey's outer
+fence).
 
 Sums of curves are what the knapsack solves exactly, so the model's best architecture needs no search.
 """
@@ -26,6 +31,7 @@ from scipy.special import ndtr, ndtri
 
 from archsearch.allocation import Curves, LeastError
 from archsearch.cost import CostModel
+from archsearch.search.prior import carried, uniform_prior
 from archsearch.space import Widths
 from archsearch.targets import Target
 from archsearch.ties import Dimensions
@@ -65,7 +71,7 @@ class AdditiveModel:
         cost: The costs as functions of the widths.
         allowed: The widths that each group may have, rising.
         targets: What a recommendation meets.
-        proxy: Error curves to start from, as a pruner gives them; ``None`` for none.
+        proxy: Error curves to start from, as a pruner gives them; ``None`` for those of uniform widths.
     """
 
     def __init__(
@@ -80,14 +86,17 @@ class AdditiveModel:
         self.free = [
             column for column, name in enumerate(cost.names) if len(allowed[name]) > 1 and name in groups
         ]
+        believed = uniform_prior(cost, allowed, targets) if proxy is None else proxy
+        proxies = [_tied_utility(believed, allowed, groups[cost.names[c]]) for c in self.free]
+        typical = float(np.mean([curve.max(initial=0.0) for curve in proxies] or [1.0])) or 1.0
+        part = carried(cost, allowed, targets)
+        parts = [sum(part[name] for name in groups[cost.names[c]]) for c in self.free]
         shapes = [_shapes(allowed[cost.names[column]], int(cost.sizes[column])) for column in self.free]
-        proxies = [shape[1] for shape in shapes]
-        if proxy is not None:
-            proxies = [_tied_utility(proxy, allowed, groups[cost.names[c]]) for c in self.free]
-            typical = float(np.mean([curve.max(initial=0.0) for curve in proxies])) or 1.0
-            proxies = [curve / typical for curve in proxies]
         # One array a group, (size + 1, 4): the proxy and the three shapes at each width.
-        self._curves = [np.stack([p, *s], axis=1) for p, s in zip(proxies, shapes, strict=True)]
+        self._curves = [
+            np.stack([p / typical, *(weight * shape for shape in s)], axis=1)
+            for p, s, weight in zip(proxies, shapes, parts, strict=True)
+        ]
         self._each = 4
         self._kinds = np.array([OFFSET, *[PROXY, SHAPE, SHAPE, SHAPE] * len(self.free)])
         self._hyper_prior = _HYPER_MEAN, _HYPER_DEVIATION
@@ -104,7 +113,7 @@ class AdditiveModel:
 
     def tell(self, widths: npt.ArrayLike, values: npt.ArrayLike) -> None:
         """Take the values ``(N,)`` of all networks ``(N, G)`` that were trained so far."""
-        self._values = np.asarray(values, dtype=np.float64)
+        self._values = _fenced(np.asarray(values, dtype=np.float64))
         self._rows = self.features(widths) if len(self._values) else self._rows[:0]
         # From the same start each time: what was told before leaves no trace.
         self._mean, self.hyper = None, Hyper(*np.exp(self._hyper_prior[0]).tolist())
@@ -181,8 +190,11 @@ class AdditiveModel:
             return float(fit + 0.5 * (((logs - centre) / deviation) ** 2).sum())
 
         bounds = [(np.log(1e-3), np.log(3.0))] * len(centre)
-        # Much noise and hardly any are two valleys of the likelihood.
-        starts = [np.array([*centre[:3], np.log(noise), *centre[4:]]) for noise in (0.6, 0.05, 0.005)]
+        # Much noise, and hardly any around curves of a shape of their own, are valleys of the likelihood.
+        starts = [
+            np.array([*centre[:2], np.log(shape), np.log(noise), *centre[4:]])
+            for shape, noise in ((0.03, 0.6), (0.3, 0.05), (1.0, 0.005))
+        ]
         found = min(
             (minimize(loss, start, method="L-BFGS-B", bounds=bounds) for start in starts),
             key=lambda result: float(result.fun),
@@ -226,6 +238,13 @@ def _shapes(steps: Widths, size: int) -> list[Floats]:
     curves = [np.log(share / low) / -np.log(low)] if low < 1 else [np.zeros(size + 1)]
     curves += [(share**power - low**power) / (1 - low**power) for power in (0.5, 1.0)]
     return [np.maximum(curve, 0.0) for curve in curves]
+
+
+def _fenced(values: Floats) -> Floats:
+    """Return values, those beyond the lower outer fence (Tukey, 1977, section 2C) at it."""
+    lower, upper = np.quantile(values, [0.25, 0.75]) if len(values) else (0.0, 0.0)
+    # Where most values are equal, quartiles say nothing.
+    return np.maximum(values, lower - 3 * (upper - lower)) if upper > lower else values
 
 
 def _tied_utility(proxy: Curves, allowed: Mapping[str, Widths], group: Sequence[str]) -> Floats:

@@ -43,7 +43,7 @@ class PairedModel(AdditiveModel):
         super().__init__(cost, allowed, targets, proxy)
         self._dimensions = Dimensions(cost.names, allowed)
         self._first, self._second = np.array(neighbours(cost, self.free), dtype=np.int64).reshape(-1, 2).T
-        self._lines = [2 * curve[:, -1] - 1 for curve in self._curves]
+        self._lines = [2 * curve[:, -1] / curve[-1, -1] - 1 for curve in self._curves]
         self._kinds = np.append(self._kinds, np.full(len(self._first), PAIR))
         means, deviations = self._hyper_prior
         self._hyper_prior = np.append(means, _PAIR_MEAN), np.append(deviations, _PAIR_DEVIATION)

@@ -8,7 +8,7 @@ from typing import Any
 
 from archsearch.allocation import ALLOCATIONS
 from archsearch.errors import UsageError
-from archsearch.plan import Plan
+from archsearch.plan import NO_PROXY, Plan
 from archsearch.pruners import PRUNERS, Sparsifying
 from archsearch.search.objectives import OBJECTIVES
 from archsearch.search.rungs import EVERYTHING, Rungs
@@ -20,7 +20,11 @@ class Quest:
     """How to search.
 
     Attributes:
-        plan: Targets, space, recipe and budget; its method is the proxy, its seed that of the search.
+        plan: Targets, space, recipe and budget; its method is the pruner that is looked at, its seed that of
+            the search.
+        informed: Whether the model starts from that pruner's curves, the *proxy*, and not from the belief
+            that uniform widths are hard to beat.
+        interactions: Whether the model has products of neighbouring groups.
         trials: How many networks to look at.
         objective: What they are worth; ``archsearch list objectives``.
         sampler: ``model``, or one of Optuna's; ``archsearch list samplers``.
@@ -30,12 +34,14 @@ class Quest:
         top: How many of the best trials are finalists; ``None`` for one where Optuna samples, which has no
             recommendation of its own, and none where the model does.
         baselines: Methods whose widths are finalists beside uniform ones, each ``NAME`` with the allocation
-            of its paper or ``NAME:ALLOCATION``; ``None`` for the proxy's knapsack.
+            of its paper or ``NAME:ALLOCATION``; ``None`` for the knapsack of the plan's.
         calibrate: With how many networks to measure, before the search, how well each objective ranks.
         rungs: Where trials may be stopped early.
     """
 
     plan: Plan
+    informed: bool = False
+    interactions: bool = False
     trials: int = 100
     objective: str = "short"
     sampler: str = MODEL
@@ -79,14 +85,19 @@ class Quest:
             raise UsageError(f"--baselines {','.join(self.baseline_names)}: one stands twice")
 
     @property
-    def proxy(self) -> str:
-        """What the proxy's knapsack is called in tables."""
+    def allocated(self) -> str:
+        """What the knapsack of the pruner's curves is called in tables."""
         return f"{self.plan.method}:knapsack"
+
+    @property
+    def proxy(self) -> str:
+        """What the model starts from, in words."""
+        return self.plan.label if self.informed else NO_PROXY
 
     @property
     def baseline_names(self) -> Sequence[str]:
         """The methods that the recommendation meets in the finals, uniform widths aside."""
-        return [self.proxy] if self.baselines is None else self.baselines
+        return [self.allocated] if self.baselines is None else self.baselines
 
     @property
     def best_trials(self) -> int:
@@ -99,7 +110,8 @@ class Quest:
         return {
             "method": "search",
             "target": ", ".join(map(str, plan.targets)),
-            "proxy": plan.label,
+            "proxy": self.proxy,
+            **({"interactions": True} if self.interactions else {}),
             **({"options": dict(plan.options)} if plan.options else {}),
             "objective": self.objective,
             **({"short": self.short} if self.objective == "short" else {}),
@@ -119,6 +131,8 @@ class Quest:
             "objective": self.objective,
             **({"short": self.short} if self.objective == "short" else {}),
             "method": plan.label,
+            # Points drawn from what the model believes depend on what it started from.
+            **({"proxy": self.proxy} if self.thompson else {}),
             **({"options": dict(plan.options)} if plan.options else {}),
             "recipe": plan.recipe.as_dict(),
             "budget": plan.budget,

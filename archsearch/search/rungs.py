@@ -12,7 +12,7 @@ from archsearch.errors import UsageError
 FACTOR = 3
 """Of the trials that reach a single rung, one in so many goes on."""
 
-SAMPLERS_THAT_STOP = ("tpe", "random", "cmaes")
+SAMPLERS_THAT_STOP = ("tpe", "random")
 """Samplers that can learn from a trial that was stopped, or learn nothing from any."""
 
 
