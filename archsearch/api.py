@@ -31,6 +31,7 @@ from archsearch.training.evaluation import resolve_device
 if TYPE_CHECKING:
     from archsearch.search.asked import Asked
     from archsearch.search.driver import Searched
+    from archsearch.search.pareto import Front
 
 SEARCH = "search"
 """The method that is no pruner: many networks are trained."""
@@ -348,6 +349,48 @@ def search(
     return cast("Searched", found)
 
 
+def front(
+    model: str | nn.Module | None = None,
+    *,
+    resource: Resource,
+    targets: Sequence[str | float],
+    out: str | Path,
+    search: Mapping[str, Any] | None = None,
+    budget: str = "scratch-e",
+    **options: Any,
+) -> Front:
+    """Search at several targets, all of which teach one model; the same call goes on where it was killed.
+
+    Args:
+        model: As for ``find``.
+        resource: What stands against the accuracy: ``"flops"``, ``"params"`` or ``"latency"``.
+        targets: Of that resource, such as ``[0.3, 0.5, 0.7]``.
+        out: Directory of the front; each target has a run directory in it.
+        search: How to search at each target, such as ``{"trials": 50}``; the arguments of ``search`` above.
+        budget: ``"scratch-e"`` or ``"scratch-b"``.
+        options: Further arguments of ``find``: other targets, space, data, recipe and the like.
+
+    Raises:
+        ArchsearchError: If anything asked for cannot be; before anything long has started.
+    """
+    from archsearch.search.pareto import check  # Optuna takes long to import
+
+    if options.pop(resource, None) is not None:
+        raise UsageError(f"--{resource}: the front has its own targets of it: leave it out")
+    parsed = [Target.parse(resource, text) for text in targets]
+    check(parsed)
+    found = find(
+        model,
+        method=SEARCH,
+        search={**(search or {}), "front": parsed},
+        budget=budget,
+        out=out,
+        **{resource: targets[0]},  # type: ignore[arg-type]
+        **options,
+    )
+    return cast("Front", found)
+
+
 def _pruner(settings: Mapping[str, Any]) -> str:
     name = str(settings.get("proxy", NO_PROXY))
     return PRUNER if name == NO_PROXY else name
@@ -367,11 +410,14 @@ def _asked(
 
 
 def _search(traced: Traced, trainer: Trainer, asked: Asked, aim: Device | None, **more: Any) -> Searched:
-    from archsearch.search.driver import search as run_search  # Optuna takes long to import
+    more |= {"crew": asked.crew, "storage": asked.storage, "device": aim}
+    if asked.front:
+        from archsearch.search.pareto import front as run_front  # Optuna takes long to import
 
-    return run_search(
-        traced, asked.quest, trainer, crew=asked.crew, storage=asked.storage, device=aim, **more
-    )
+        return run_front(traced, asked.quest, asked.front, trainer, **more)
+    from archsearch.search.driver import search as run_search
+
+    return run_search(traced, asked.quest, trainer, **more)
 
 
 def published_weights(source: ModelSource, weights: str | None) -> str | None:

@@ -74,6 +74,10 @@ class StorageError(ArchsearchError):
     exit_code = 5
 
 
+class InUseError(StorageError):
+    """A directory that another process holds: wait for it, or take another."""
+
+
 class InfeasibleError(ArchsearchError):
     """A target that no width reaches; the message says what can be reached."""
 

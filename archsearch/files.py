@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from archsearch.bounded_yaml import Document, dump, parse, shown
-from archsearch.errors import ArchsearchError, ResourceError, SpecError, StorageError
+from archsearch.errors import ArchsearchError, InUseError, ResourceError, SpecError
 
 Location = str | os.PathLike[str]
 
@@ -278,7 +278,7 @@ def lock(directory: Location) -> Iterator[None]:
     The lock file stays, since removing it would let two processes hold two files of one name.
 
     Raises:
-        StorageError: If another process holds it; names the holder.
+        InUseError: If another process holds it; names the holder.
         ResourceError: If the system refuses.
     """
     path = Path(directory) / LOCK_NAME
@@ -291,7 +291,7 @@ def lock(directory: Location) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.pread(descriptor, 512, 0).decode(errors="replace").strip() or "another process"
-            raise StorageError(
+            raise InUseError(
                 f"{named(directory)}: in use by {shown(holder, 200)[1:-1]}:"
                 " wait for it or choose another directory"
             ) from None

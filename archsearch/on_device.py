@@ -32,6 +32,7 @@ from archsearch.training.evaluation import resolve_device
 
 PROCESSES = 3  # fresh ones: memory and caches lie differently in each
 _CONDITIONS = ("runtime", "device", "dtype", "batch", "threads", "channels_last")
+_TIMES = ("predicted_ms", "low_ms", "high_ms", "reference_ms")
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,6 @@ def _settings(runtime: str | Mapping[str, Any], device: str) -> Settings:
 def aimed(traced: Traced, space: SearchSpace, table: LatencyTable) -> tuple[Traced, SearchSpace]:
     """Return a traced network that knows its latency, and the space cut to the widths of the table.
 
-    Channels are multiples of the table's quantum where the space does not say otherwise.
-
     Raises:
         UsageError: If the table is of another network.
     """
@@ -127,10 +126,9 @@ def aimed(traced: Traced, space: SearchSpace, table: LatencyTable) -> tuple[Trac
             "profile it with --input-shape"
         )
     latency = Latency(table.counter(), round(table.reference_ms * 1e6))
-    bounds = space.bounds if space.bounds.round_to > 1 else replace(space.bounds, round_to=table.quantum)
     known = {group.name: group.widths for group in table.content.groups}
     cost = CostModel(traced.model, traced.graph, latency)
-    return replace(traced, cost=cost), replace(space, bounds=bounds, known=known)
+    return replace(traced, cost=cost), replace(space, known=known)
 
 
 def elsewhere(table: LatencyTable) -> str:
@@ -161,6 +159,7 @@ def predicted(table: LatencyTable, widths: Mapping[str, int]) -> dict[str, Any]:
         "reference_ms": round(table.reference_ms, 6),
         "table": table.key[:16],
         **{name: conditions[name] for name in _CONDITIONS},
+        "accelerator": table.content.fingerprint.get("accelerator"),
         "verified": False,
     }
 
@@ -216,11 +215,22 @@ def verify_file(path: Path, *, trust_code: bool = False, say: Callable[[str], No
 
     Raises:
         SpecError: If the file says nothing of a latency.
+        UsageError: If this is not the device that the network was found for, or it cannot be measured here.
     """
     facts = Architecture.read(path).provenance.get("latency")
-    if not isinstance(facts, Mapping) or not set(_CONDITIONS) <= facts.keys():
+    if not isinstance(facts, Mapping) or not {*_CONDITIONS, "accelerator"} <= facts.keys():
         raise SpecError(
-            f"{path}: provenance.latency: is missing: the file was not found for a latency; use bench"
+            f"{path}: provenance.latency: is missing, or lacks something: the file was not found for a "
+            "latency; use bench"
+        )
+    for name in _TIMES:
+        if not isinstance(facts.get(name), (int, float)):
+            raise SpecError(f"{path}: provenance.latency.{name}: must be milliseconds")
+    own = opened(str(facts["device"])).facts()["accelerator"]
+    if facts["accelerator"] != own:
+        raise UsageError(
+            f"{path}: was found for {facts['accelerator']}, and this is {own}: verify it there, or measure "
+            "it here with bench"
         )
     facts = measured(path, facts, trust_code=trust_code, say=say)
     note(path, facts)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from archsearch import files
 from archsearch.cost import Cost
 from archsearch.data import DataSource
-from archsearch.errors import IntegrityError, StorageError, UsageError
+from archsearch.errors import IntegrityError, InUseError, UsageError
 from archsearch.rebuild import Traced
 from archsearch.recipe import Recipe
 from archsearch.results import Arm
@@ -136,7 +136,7 @@ class Trainer:
         while True:
             try:
                 return train()
-            except StorageError as error:  # raised before anything has begun
+            except InUseError as error:  # raised before anything has begun
                 if not self.waits:
                     raise
                 if not told:

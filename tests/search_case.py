@@ -22,7 +22,7 @@ from archsearch import files
 from archsearch.models import resolve
 from archsearch.rebuild import trace_source
 from archsearch.results import Arm
-from archsearch.search.posterior import Curve, Posterior
+from archsearch.search.posterior import Curve, Gain, Posterior
 from archsearch.search.task import Result, Task
 from archsearch.search.work import task_directory
 
@@ -144,7 +144,7 @@ def _made(trials: int, latency: bool, finals: bool) -> Path:
         mean = weight * np.sqrt((steps - 2) / (size - 2))
         curves[name] = Curve(steps.tolist(), mean.tolist(), (0.6 * mean).tolist(), (1.3 * mean).tolist())
     recommended = dict(zip(names, widths_of(np.linspace(0.4, 0.95, len(GROUPS))), strict=True))
-    Posterior(trials, 0.41, recommended, curves).write(run)
+    Posterior(trials, 0.41, recommended, curves, Gain(0.8, 0.1, 1.5)).write(run)
     if finals:
         arms = [
             Arm("reference", "reference", "reference", 2_000_000, 270_000, 40, (97.2,), 60.0),

@@ -23,7 +23,7 @@ from archsearch.cli.main import main
 from archsearch.conv_groups import ConvolutionSizes
 from archsearch.errors import ArchsearchError, SpecError, UsageError
 from archsearch.graph import Selection
-from archsearch.latency.cells import find_layers
+from archsearch.latency.layers import find_layers
 from archsearch.models import resolve
 from archsearch.pruners import PRUNERS, Context, Sparsifying, inherit_weights
 from archsearch.pruners.sss import SparseStructureSelection

@@ -105,6 +105,19 @@ def test_a_driver_that_starts_again_finds_its_job_in_the_queue(cluster: Path, tm
     assert (cluster / "cancelled").read_text() == "4711\n"
 
 
+def test_a_job_that_is_cancelled_is_not_taken_for_that_of_the_next_task(
+    cluster: Path, tmp_path: Path
+) -> None:
+    task = task_in(tmp_path)
+    engine().submit(task)
+    again = engine()
+    again.cancel(task)  # another training is to be in this directory
+    assert (cluster / "cancelled").read_text() == "4711\n"
+    (cluster / "batch").unlink()
+    again.submit(task)
+    assert (cluster / "batch").exists()
+
+
 def test_a_job_that_slurm_killed_is_lost_and_submitted_anew(cluster: Path, tmp_path: Path) -> None:
     task = task_in(tmp_path)
     made = engine()

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from archsearch.latency.cells import DEPTHWISE, Signature, build_cell, find_layers, input_channels
+from archsearch.latency.cells import DEPTHWISE, Signature, build_cell, input_channels
 from archsearch.latency.knots import macs_of
+from archsearch.latency.layers import find_layers
 from archsearch.rebuild import trace_module
 from tests.latency_case import traced
 from tests.networks import NETWORKS

@@ -5,11 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from archsearch import on_device
 from archsearch.cli.main import main
+from archsearch.cli.profile_commands import verdict
 from archsearch.errors import PreemptedError, UsageError
 from archsearch.latency.accuracy import assess, rank_correlation
-from archsearch.latency.cells import find_layers
 from archsearch.latency.knots import choose_knots
+from archsearch.latency.layers import find_layers
+from archsearch.latency.meter import Settings
+from archsearch.latency.quantum import choose_widths
 from archsearch.latency.sampling import equal_macs_widths, random_widths
 from archsearch.latency.table import LatencyTable
 from archsearch.space import Bounds, SearchSpace
@@ -77,12 +81,13 @@ def test_a_stopped_profile_goes_on_and_ends_alike(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         profiled(NETWORK, device, journal=journal, progress=stop).run()
     with journal.open("a") as file:
-        file.write('{"name": "network 1 2 3", "tim')  # the writer was killed
+        file.write('{"network 1 2 3": {"ms": [1.0')  # the writer was killed
     before = device.prepared
     said: list[str] = []
     profile = profiled(NETWORK, device, journal=journal, say=said.append)
     resumed = profile.run()
-    assert "measurements are there already" in said[0]
+    assert said[0].startswith(f"goes on from {journal}: found ")
+    assert said[0].endswith(" layers and 8 networks measured")
     assert device.prepared - before < 30  # the networks that were left, and the references
     assert resumed.content.cells == whole.content.cells
     assert resumed.content.networks == whole.content.networks
@@ -95,6 +100,7 @@ def test_a_journal_of_other_conditions_is_not_used(tmp_path: Path) -> None:
     profiled(NETWORK, PaperDevice(), journal=journal).run()
     said: list[str] = []
     profiled(NETWORK, PaperDevice(), journal=journal, batch=2, say=said.append).run()
+    assert said[0] == f"{journal}: is of other conditions, or of another version: starts afresh"
     assert not any("goes on" in line for line in said)
 
 
@@ -131,7 +137,7 @@ def test_the_grid_is_whole_where_the_cells_suffice() -> None:
     widths = SearchSpace(Bounds(round_to=8)).allowed(NETWORK.graph)
     sizes = NETWORK.graph.sizes
     coarse = {layer.signature: (16, 16) for layer in layers}
-    axes = choose_knots(layers, widths, sizes, coarse, 300)
+    axes = choose_knots(layers, widths, sizes, coarse, 8, 300)
     assert {one.reads for one in axes} == {
         (3, 8, 16),  # the first layer shares its signature with those of the first stage
         (8, 16),
@@ -147,12 +153,35 @@ def test_a_grid_that_is_too_large_has_the_ends_of_the_steps() -> None:
     layers = find_layers(NETWORK)
     widths = SearchSpace(Bounds(round_to=1)).allowed(NETWORK.graph)
     steps = {layer.signature: (16, 16) for layer in layers}
-    axes = choose_knots(layers, widths, NETWORK.graph.sizes, steps, 100)
+    axes = choose_knots(layers, widths, NETWORK.graph.sizes, steps, 1, 100)
     cells = sum(len(one.reads) * len(one.makes) for one in axes)
     assert cells <= 100
     for one in axes:
         assert all(channels % 16 == 0 for channels in one.reads[:-1] + one.makes[:-1])
         assert one.makes[-1] in (10, 16, 32, 64)
+
+
+def test_widths_below_the_quantum_are_on_no_step() -> None:
+    layers = find_layers(NETWORK)
+    widths = choose_widths(on_device.allowed_of(NETWORK), 16)
+    steps = {layer.signature: (32, 32) for layer in layers}
+    axes = choose_knots(layers, widths, NETWORK.graph.sizes, steps, 16, 40)
+    assert axes[0].reads[:2] == (3, 8)  # an image's channels, and a width of a narrow group
+    assert {reads for one in axes for reads in one.reads if reads >= 16} == {16, 32, 64}
+
+
+def test_groups_that_the_quantum_leaves_too_few_widths_have_finer_ones() -> None:
+    said: list[str] = []
+    table = profiled(NETWORK, PaperDevice(block=16), held_out=20, say=said.append).run()
+    assert table.quantum == 16
+    assert said[-1] == "7 groups have finer multiples: these would leave them fewer than 4 widths"
+    widths = {group.size: group.widths for group in table.content.groups}
+    assert widths == {16: (8, 16), 32: (8, 16, 24, 32), 64: (16, 32, 48, 64)}
+    assert assess(table).table.worst < 1e-6
+    _, space = on_device.aimed(NETWORK, SearchSpace(), table)
+    assert {tuple(steps) for steps in space.allowed(NETWORK.graph).values()} == set(widths.values())
+    asked = profiled(NETWORK, PaperDevice(block=16), round_to=16, held_out=20).run()
+    assert {group.widths for group in asked.content.groups if group.size == 16} == {(16,)}
 
 
 def test_equal_macs_are_equal() -> None:
@@ -211,3 +240,24 @@ def test_the_command_measures_a_real_network(tmp_path: Path, capsys: pytest.Capt
 
 def test_the_command_wants_a_model() -> None:
     assert main(["profile", "--out", "x.json"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"blocks": 2}, "blocks 2: at least 3"),
+        ({"round_to": 0}, "round_to 0: channels are multiples of 1 or more"),
+        ({"max_seconds": float("nan")}, "max_seconds nan: a number above 0"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_is_measured(wrong: dict[str, float], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        Settings(**wrong)  # type: ignore[arg-type]
+
+
+def test_what_was_not_tested_at_equal_macs_is_said(table: LatencyTable) -> None:
+    networks = [record for record in table.content.networks if record.role != "equal-macs"]
+    report = assess(LatencyTable(table.content.model_copy(update={"networks": tuple(networks)})))
+    lines = verdict(report)
+    assert "at equal MACs: not tested, since there are too few networks of equal MACs" in lines
+    assert not any("nan" in line for line in lines)

@@ -89,6 +89,9 @@ def _set(*place: str | int, to: Any) -> Callable[[Any], None]:
         (_set("groups", 1, "name", to="conv1"), "two groups have one name"),
         (_set("layers", 0, "reads", "constant", to=2**40), "layers.0.reads.constant"),
         (_set("axes", 0, "reads", to=[3, 3]), "channels must rise"),
+        (_set("axes", 0, "signature", "stride", to=[]), "axes.0.signature: kernel, stride, padding"),
+        (_set("axes", 0, "signature", "stride", to=[1, 0]), "axes.0.signature: kernel, stride and dilation"),
+        (_set("staircases", 0, "ms", to=[1.0, 2.0]), "staircases.0: channels must rise, from 1 on, with one"),
     ],
 )
 def test_a_file_that_breaks_a_rule_says_where(

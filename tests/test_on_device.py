@@ -29,8 +29,9 @@ def paper_table() -> LatencyTable:
 
 def test_widths_meet_the_limit_by_the_upper_end_of_the_prediction() -> None:
     network, space = on_device.aimed(traced(), SearchSpace(), paper_table())
-    assert space.bounds.round_to == paper_table().quantum == 4
+    assert paper_table().quantum == 4
     allowed = space.allowed(network.graph)
+    assert all((widths % 4 == 0).all() for widths in allowed.values())
     widths = uniform_widths(network.cost, allowed, [Target.parse("latency", 0.6)])
     _, _, high = paper_table().predict(np.array([widths[name] for name in paper_table().names]))
     assert high <= 0.6 * paper_table().reference_ms
@@ -171,7 +172,14 @@ def test_the_found_network_is_measured_in_fresh_processes(tmp_path: Path, capsys
     network.architecture(widths).write(path)
     with pytest.raises(SpecError, match="was not found for a latency"):
         on_device.verify_file(path, say=lambda line: None)
-    on_device.note(path, on_device.predicted(paper_table(), widths))
+    facts = on_device.predicted(paper_table(), widths)
+    on_device.note(path, {**facts, "accelerator": "a device of paper"})
+    with pytest.raises(UsageError, match=r"was found for a device of paper, and this is .*: verify it there"):
+        on_device.verify_file(path, say=lambda line: None)
+    on_device.note(path, {**facts, "low_ms": "short"})
+    with pytest.raises(SpecError, match=r"provenance\.latency\.low_ms: must be milliseconds"):
+        on_device.verify_file(path, say=lambda line: None)
+    on_device.note(path, facts)
     key = Architecture.read(path).key
     assert main(["verify", str(path)]) == 0
     facts = Architecture.read(path).provenance["latency"]

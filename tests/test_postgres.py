@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,6 +25,7 @@ from sqlalchemy.exc import OperationalError
 from archsearch.errors import StorageError, UsageError
 from archsearch.search import storage as storages
 from archsearch.search.claims import DRIVER, Alone, Shared, claims, driver_name, shared_study, tell
+from archsearch.search.dashboard import serving
 from archsearch.search.reading import reading
 from archsearch.search.storage import Patient, address, named, storage, study_name
 
@@ -89,7 +91,14 @@ def test_the_option_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -
     assert named(other) == "postgresql://two:5433/second"
 
 
-@pytest.mark.parametrize("option", ["postgresql://a:secret@h/d", "postgresql://a@h/d?password=secret"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        "postgresql://a:secret@h/d",
+        "postgresql://a@h/d?password=secret",
+        "postgresql://a@h/d?sslkey=k&sslpassword=secret",
+    ],
+)
 def test_a_password_in_the_option_is_refused_without_repeating_it(option: str) -> None:
     with pytest.raises(UsageError, match=r"list of processes.*\$PGPASSWORD") as caught:
         address(option)
@@ -189,7 +198,8 @@ def test_trials_of_a_dead_driver_are_taken_over_and_those_of_a_living_one_are_no
     dead, living, heir = (Driver(stack, name, "heirs", grace_s=2.0) for name in ("dead", "living", "heir"))
     lost = dead.claims.ask(lambda: True)
     kept = living.claims.ask(lambda: True)
-    unclaimed = heir.study.ask()  # a driver died while it asked
+    heir.study.enqueue_trial({}, user_attrs={"origin": "uniform"})
+    unclaimed, unknown = heir.study.ask(), heir.study.ask()  # drivers died while they asked
     assert lost is not None
     assert kept is not None
     taken: set[int] = set()
@@ -199,7 +209,8 @@ def test_trials_of_a_dead_driver_are_taken_over_and_those_of_a_living_one_are_no
         assert not heir.claims.left()
         assert not living.claims.left(), "what was taken over has a living driver again"
     assert taken == {lost.number, unclaimed.number}
-    owners = {trial.number: trial.user_attrs[DRIVER] for trial in living.trials()}
+    assert [t.number for t in living.trials(TrialState.FAIL)] == [unknown.number]
+    owners = {trial.number: trial.user_attrs[DRIVER] for trial in living.trials(TrialState.RUNNING)}
     assert owners == {lost.number: "heir", kept.number: "living", unclaimed.number: "heir"}
 
 
@@ -259,6 +270,22 @@ def test_a_run_of_a_shared_study_can_be_looked_at_and_not_written(
     monkeypatch.delenv(storages.VARIABLE)
     with pytest.raises(UsageError, match=r"shared.*set \$ARCHSEARCH_STORAGE"), reading(tmp_path):
         pass
+
+
+def test_a_dashboard_shows_a_shared_study(server: Server, stack: ExitStack, tmp_path: Path) -> None:
+    Driver(stack, "driver", "shown")
+    driver_name(tmp_path, "shown")
+    with serving(tmp_path, port=0) as dashboard:
+        thread = threading.Thread(target=dashboard.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        address = f"http://127.0.0.1:{dashboard.server_port}/api/studies"
+        try:
+            with urllib.request.urlopen(address, timeout=60) as answer:
+                studies = json.load(answer)["study_summaries"]
+        finally:
+            dashboard.shutdown()
+            thread.join()
+    assert "shown" in [study["study_name"] for study in studies]
 
 
 # ------------------------------------------------------------------------------------- a server that stops

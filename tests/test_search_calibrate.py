@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from archsearch.errors import ArchsearchError
-from archsearch.search.calibrate import Calibration, Correlation, carried_out
+from archsearch.search.calibrate import Calibration, Correlation
 from archsearch.search.work import Direct, Finding
+from archsearch.search.worth import carried_out
 
 
 def kendall(x: list[float], y: list[float]) -> float:
@@ -67,5 +68,5 @@ def test_networks_are_carried_out_in_their_order_and_one_that_diverged_is_nan() 
             return Finding(reason=("diverged" if number == 0 else "lost", "why"))
 
     assert np.isnan(carried_out(Lost(value), [({"a": 3}, 1)])[0])
-    with pytest.raises(ArchsearchError, match="network 1: why"):
-        carried_out(Lost(value), [({"a": 3}, 1), ({"a": 1}, 0)])
+    with pytest.raises(ArchsearchError, match="finals: network 2, seed 0: why"):
+        carried_out(Lost(value), [({"a": 3}, 1), ({"a": 1}, 0)], "finals")

@@ -197,6 +197,19 @@ def test_the_newest_search_of_a_directory_is_taken(tmp_path: Path) -> None:
     assert chosen(tmp_path / "a") == (tmp_path / "a", [])
 
 
+def test_a_run_of_a_shared_study_is_found_and_not_edited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ARCHSEARCH_STORAGE", raising=False)
+    (tmp_path / "shared").mkdir()
+    files.write_json(tmp_path / "shared" / "driver.json", {"driver": "one", "study": "a study"})
+    assert chosen(tmp_path) == (tmp_path / "shared", [])
+    with pytest.raises(UsageError, match=r"its study is shared: set \$ARCHSEARCH_STORAGE"):
+        serving(tmp_path / "shared").__enter__()
+    with pytest.raises(UsageError, match=r"--allow-edit: the study of .*shared by drivers"):
+        serving(tmp_path / "shared", allow_edit=True).__enter__()
+
+
 def test_without_optuna_dashboard_the_error_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,6 +51,11 @@ def seen(task: Path) -> list[str]:
     return (task / "seen").read_text().split()
 
 
+def log_of(task: Path) -> Path:
+    """Return what the first worker says."""
+    return task.parent / "worker-0.log"
+
+
 def is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -98,7 +103,7 @@ def test_a_killed_worker_is_told_and_the_next_task_gets_a_new_one(tmp_path: Path
     task = new_task(tmp_path, 0, waits=True)
     engine.submit(task)
     os.kill(int(seen(task)[0]), signal.SIGKILL)
-    until(lambda: engine.ended(task) == "was killed by signal 9")
+    until(lambda: engine.ended(task) == f"was killed by signal 9 (see {log_of(task)})")
     (task / "wait").unlink()
     engine.submit(task)
     until(lambda: engine.ended(task) == "")
@@ -108,7 +113,7 @@ def test_a_worker_that_cannot_start_is_told(tmp_path: Path) -> None:
     engine = Local(Order(device="cpu"), (sys.executable, "-c", "raise SystemExit(3)"))
     task = new_task(tmp_path, 0)
     engine.submit(task)
-    until(lambda: engine.ended(task) == "ended with exit code 3")
+    until(lambda: engine.ended(task) == f"ended with exit code 3 (see {log_of(task)})")
     engine.close()
 
 
@@ -121,9 +126,20 @@ def test_a_cancelled_task_ends_at_once(tmp_path: Path, engine: Local) -> None:
     pid = int(seen(running[0])[0])
     engine.cancel(running[0])
     assert not is_alive(pid)
-    assert engine.ended(running[0]) == "was killed by signal 9"
+    assert engine.ended(running[0]) == f"was killed by signal 9 (see {log_of(running[0])})"
     engine.cancel(running[1])
     assert not (waiting / "seen").exists()
+
+
+def test_no_worker_gets_the_address_of_the_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARCHSEARCH_STORAGE", "postgresql://user:secret@host/studies")
+    engine = Local(Order(device="cpu"), ("sh", "-c", "env; exec cat"))
+    engine.submit(new_task(tmp_path, 0))
+    log = tmp_path / "worker-0.log"
+    until(lambda: log.exists() and "OMP_NUM_THREADS" in log.read_text())
+    engine.close()
+    assert "secret" not in log.read_text()
+    assert "secret" in os.environ["ARCHSEARCH_STORAGE"]
 
 
 def test_no_worker_outlives_its_engine(tmp_path: Path) -> None:

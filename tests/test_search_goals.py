@@ -137,7 +137,7 @@ def test_status_best_and_export_only_read(
     assert main(["search", "export", str(out), "--out", str(best), "--trust-code"]) == 0
     assert main(["search", "export", str(out), "--trial", "0", "--out", str(trial), "--trust-code"]) == 0
     recommended = {name: group.width for name, group in Architecture.read(best).widths.items()}
-    assert recommended == files.read_json(out / "recommendation.json")["widths"]
+    assert recommended == files.read_json(out / "model.json")["recommended"]
     uniform = Architecture.read(out / "finalists" / "uniform.yaml")
     assert Architecture.read(trial).key == uniform.key
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before

@@ -21,7 +21,7 @@ from archsearch.search.crew import described
 from archsearch.search.loop import run
 from archsearch.search.rungs import Rungs
 from archsearch.search.sampler import WIDTHS, ModelSampler
-from archsearch.search.study import ORIGIN, SEED, Start, Surface, finished
+from archsearch.search.study import ORIGIN, SEED, Start, Surface, enqueue, finished
 from archsearch.search.task import Result, Task, write_progress
 from archsearch.search.work import LOSSES, Direct, Tasks
 from archsearch.space import SearchSpace
@@ -76,6 +76,7 @@ class Fake:
     ) -> None:
         self.slots, self._script = slots, script or (lambda task, count: valued(task))
         self.submitted: list[int] = []
+        self.cancelled: list[int] = []
         self.most = 0
         self._looks: dict[Path, int] = {}
         self.closed = False
@@ -104,6 +105,7 @@ class Fake:
         return ""
 
     def cancel(self, task: Path) -> None:
+        self.cancelled.append(int(task.name))
         self._looks.pop(task, None)
 
     def close(self) -> None:
@@ -240,6 +242,12 @@ def test_an_error_that_all_trials_share_ends_the_search_which_goes_on_when_it_is
     assert outcome(search(tmp_path, Fake(2))) == outcome(alone)
 
 
+def test_an_error_that_is_made_from_more_than_a_message_is_told_too(tmp_path: Path) -> None:
+    unknown = Fake(1, lambda task, count: Result(error="unknown data 'birds'", kind="UnknownNameError"))
+    with pytest.raises(UsageError, match="unknown data 'birds'"):
+        search(tmp_path, unknown)
+
+
 def kill(directory: Path, told: int) -> None:
     """Leave a study as a driver does that is killed with two trials in flight."""
 
@@ -269,8 +277,40 @@ def test_what_a_killed_driver_was_at_is_picked_up(
     trials = search(tmp_path, engine)
     assert outcome(trials) == outcome(alone)
     assert running[0] not in engine.submitted
+    assert not engine.cancelled
     assert running[1] in engine.submitted
     assert len(engine.submitted) == len(set(engine.submitted))
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_a_trial_whose_driver_died_before_it_had_widths_is_the_same_one(
+    tmp_path: Path, number: int, alone: list[optuna.trial.FrozenTrial]
+) -> None:
+    search(tmp_path, Fake(), number)
+    study = STUDIES[tmp_path]
+    if not number:
+        enqueue(study, SURFACE, STARTS)
+    assert study.ask().number == number
+    assert outcome(search(tmp_path, Fake(2))) == outcome(alone)
+
+
+def test_what_another_driver_has_told_meanwhile_stays(
+    tmp_path: Path, alone: list[optuna.trial.FrozenTrial]
+) -> None:
+    def script(task: Path, count: int) -> Result | str:
+        if int(task.name) < 3:  # this driver had been paused for so long that it counted as dead
+            STUDIES[tmp_path].tell(int(task.name), -1.0)
+        write_progress(task, [{"epoch": 1.0, "validation_accuracy": 1.0}], 4)
+        if task.name == "00001":
+            return Result(diverged="the loss is nan")
+        return valued(task)
+
+    lines: list[str] = []
+    trials = search(tmp_path, Fake(2, script), 8, lines.append)
+    assert [t.value for t in trials[:3]] == [-1.0] * 3
+    assert outcome(trials)[3:] == outcome(alone)[3:]
+    assert "seconds" not in trials[0].user_attrs
+    assert sum("trial 8 of 8" in line for line in lines) == 1
 
 
 def test_the_tasks_of_a_study_that_is_gone_are_not_taken_for_this_ones(tmp_path: Path) -> None:
@@ -283,6 +323,8 @@ def test_the_tasks_of_a_study_that_is_gone_are_not_taken_for_this_ones(tmp_path:
     engine = Fake()
     search(tmp_path, engine)
     assert sorted(engine.submitted) == list(range(8))
+    # A cluster's job may have survived the study.
+    assert sorted(engine.cancelled) == list(range(8))
 
 
 def test_a_task_goes_on_with_the_threads_that_it_began_with(tmp_path: Path) -> None:
@@ -315,6 +357,20 @@ def test_a_signal_ends_the_search_which_goes_on(
     with pytest.raises(error):
         search(tmp_path, Fake(1, script))
     assert outcome(search(tmp_path, Fake(2))) == outcome(alone)
+
+
+def test_a_signal_is_seen_between_values_that_come_at_once() -> None:
+    study = optuna.create_study(direction="maximize")
+
+    def interrupted(widths: Mapping[str, int], seed: int) -> float:
+        if finished(study) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return worth(widths, seed)
+
+    sampler = ModelSampler(SURFACE.names, 0)
+    with pytest.raises(KeyboardInterrupt):
+        run(study, SURFACE, sampler, Direct(interrupted), 8, STARTS, 0, lambda line: None)
+    assert finished(study) == 4
 
 
 def test_every_trial_is_observed_before_its_end_is_told() -> None:

@@ -11,6 +11,7 @@ from search_case import GROUPS, make_run
 from archsearch import files
 from archsearch.errors import IntegrityError, StorageError, UsageError
 from archsearch.models import resolve
+from archsearch.pruning import uniform_widths
 from archsearch.rebuild import trace_source
 from archsearch.search.model import AdditiveModel
 from archsearch.search.overview import Overview
@@ -147,7 +148,9 @@ def test_the_model_believes_in_the_curve_that_made_the_values() -> None:
     weights = np.arange(1, len(cost.names) + 1)
     values = 80 + np.sqrt(share) @ weights + 0.01 * generator.standard_normal(60)
     model.tell(widths, values)
-    believed = Posterior.of(model, allowed, values.tolist(), draws=20)
+    uniform = uniform_widths(cost, allowed, [Target.parse("flops", "0.5")])
+    believed = Posterior.of(model, allowed, uniform, len(values), draws=20)
+    assert 0 < believed.gain.low <= believed.gain.mean <= believed.gain.high
     assert believed.trials == 60
     assert believed.noise < 0.1
     assert cost.of(believed.recommended).macs <= 0.5 * cost.reference.macs

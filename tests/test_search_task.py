@@ -105,8 +105,14 @@ def test_progress_is_by_percent_of_the_schedule(tmp_path: Path) -> None:
     assert read_progress(tmp_path) == {}
     rows = [{"epoch": float(epoch), "validation_accuracy": 10.0 * epoch} for epoch in (1, 2, 3)]
     write_progress(tmp_path, rows, 3)
-    assert read_progress(tmp_path) == {33: 10.0, 67: 20.0, 100: 30.0}
+    assert read_progress(tmp_path) == {33: 10.0, 66: 20.0, 100: 30.0}
     assert [percent(epoch, 4) for epoch in range(1, 5)] == [25, 50, 75, 100]
+    rows = [{"epoch": float(epoch), "validation_accuracy": epoch / 4} for epoch in range(1, 301)]
+    write_progress(tmp_path, rows, 300)
+    # A percent is told by the epoch that fills it, whatever came since; only the last epoch makes 100.
+    found = {each: 4 * accuracy for each, accuracy in read_progress(tmp_path).items()}
+    assert {each: found[each] for each in (1, 25, 99, 100)} == {1: 3, 25: 75, 99: 297, 100: 300}
+    assert list(found) == list(range(101))
     (tmp_path / "progress.jsonl").write_text('{"percent": 33}\n')
     with pytest.raises(IntegrityError, match="progress"):
         read_progress(tmp_path)

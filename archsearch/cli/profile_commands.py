@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +115,9 @@ def run_profile(options: argparse.Namespace) -> None:
         table = profile.run()
     table.write(options.out)
     profile.finish()
-    show_result(accuracy_table(assess(table), table.quantum, table.reference_ms))
-    for line in verdict(assess(table)):
+    report = assess(table)
+    show_result(accuracy_table(report, table.quantum, table.reference_ms))
+    for line in verdict(report):
         show_result(line)
     show_result(f"wrote {options.out}")
     if options.plot is not None:
@@ -174,7 +176,9 @@ def verdict(report: Any) -> list[str]:
     """Return whether a table is good enough, and why not."""
     lines = [
         f"noise: a network measured twice differs by {report.noise:.1%}",
-        f"spread of the latencies at equal MACs: {report.equal_spread:.1%}",
+        "at equal MACs: not tested, since there are too few networks of equal MACs"
+        if isnan(report.equal_spread)
+        else f"spread of the latencies at equal MACs: {report.equal_spread:.1%}",
         f"in their 90 % interval: {report.table.coverage:.0%} of the held-out networks",
     ]
     if not report.complaints:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -79,7 +79,7 @@ class Report:
         table: Its predictions.
         others: The baselines: MACs alone, and the sum of the cells, each with its best affine fit.
         noise: Median difference between two measurements of one network, as a share.
-        equal_spread: Spread (robust) of the latencies at equal MACs, as a share.
+        equal_spread: Spread (robust) of the latencies at equal MACs, as a share; NaN with fewer than three.
         complaints: Why the table is not good enough; empty if it is.
     """
 
@@ -97,12 +97,11 @@ def assess(table: LatencyTable) -> Report:
         [r.role == "equal-macs" for r in table.content.networks if r.role in ("held-out", "equal-macs")]
     )
     predicted, low, high = table.predict(widths)
-    found = compare(predicted, measured, equal)
     coverage = float(((low <= measured) & (measured <= high)).mean())
-    found = Accuracy(**{**vars(found), "coverage": coverage})
+    found = replace(compare(predicted, measured, equal), coverage=coverage)
     others = {name: compare(values, measured, equal) for name, values in baselines(table, widths).items()}
-    spread = 0.0
-    if equal.any():
+    spread = float("nan")
+    if equal.sum() >= 3:
         q75, q50, q25 = np.percentile(measured[equal], (75, 50, 25))
         spread = float((q75 - q25) / 1.349 / q50)
     noise = repeat_noise(table)

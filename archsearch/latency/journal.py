@@ -1,4 +1,4 @@
-"""Measurements as they come, one line each, so that a profile that was stopped goes on where it was."""
+"""Measurements as they come, a line for each group: a profile that was stopped goes on where it was."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from archsearch import files
-from archsearch.latency.table import Times
+from archsearch.latency.content import Times
 
 MAX_BYTES = 64 * 2**20
+
+_MEASURED = TypeAdapter(dict[str, Times])
 
 
 class Journal:
@@ -25,13 +27,18 @@ class Journal:
     Args:
         path: The file; ``None`` keeps the measurements in memory alone.
         conditions: Plain values that every measurement depends on.
+
+    Attributes:
+        path: The file.
+        of_others: Whether there was one of other conditions in its place.
     """
 
     def __init__(self, path: Path | None, conditions: Mapping[str, Any]) -> None:
-        self._path = path
+        self.path = path
         text = json.dumps(conditions, sort_keys=True)
         header = json.dumps({"conditions": hashlib.sha256(text.encode()).hexdigest()})
         self._known: dict[str, Times] = {}
+        self.of_others = False
         if path is None:
             return
         lines = files.read_text(path, MAX_BYTES).splitlines() if path.exists() else []
@@ -39,6 +46,7 @@ class Journal:
             for line in lines[1:]:
                 self._remember(line)
         else:
+            self.of_others = bool(lines)
             files.write_text(path, f"{header}\n")
 
     def __len__(self) -> int:
@@ -54,20 +62,20 @@ class Journal:
     def __getitem__(self, name: str) -> Times:
         return self._known[name]
 
-    def add(self, name: str, times: Times) -> None:
-        """Write down a measurement."""
-        self._known[name] = times
-        if self._path is not None:
-            files.append_line(self._path, json.dumps({"name": name, "times": times.model_dump(mode="json")}))
+    def add(self, measured: Mapping[str, Times]) -> None:
+        """Write down what was measured together, by name, as one line: each has to reach the disk."""
+        self._known.update(measured)
+        if self.path is not None:
+            line = {name: times.model_dump(mode="json") for name, times in measured.items()}
+            files.append_line(self.path, json.dumps(line))
 
     def remove(self) -> None:
         """Remove the file: everything is in the table."""
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
 
     def _remember(self, line: str) -> None:
         try:
-            record = json.loads(line)
-            self._known[str(record["name"])] = Times.model_validate_json(json.dumps(record["times"]))
-        except (ValueError, KeyError, TypeError, ValidationError):
+            self._known.update(_MEASURED.validate_json(line))
+        except ValidationError:
             return

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from archsearch.latency.cells import Form, Layer, Signature
+from archsearch.latency.content import Axes
 from archsearch.latency.predict import axes_of, stepped
-from archsearch.latency.table import Axes
 
 Integers = npt.NDArray[np.int64]
 
@@ -20,6 +20,7 @@ def choose_knots(
     widths: Mapping[str, Integers],
     sizes: Mapping[str, int],
     steps: Mapping[Signature, tuple[int, int]],
+    quantum: int,
     max_cells: int,
 ) -> tuple[Axes, ...]:
     """Return the channels to measure for each signature.
@@ -35,6 +36,7 @@ def choose_knots(
         widths: That each group may have, rising.
         sizes: Of the groups.
         steps: Of the staircase of each signature, along what is read and made.
+        quantum: Fewer channels than this, of narrow groups or an image, are on no step: that was not probed.
         max_cells: How many cells at most; at least the ends of all axes are measured whatever it says.
     """
     signatures = list(dict.fromkeys(layer.signature for layer in layers))
@@ -44,7 +46,8 @@ def choose_knots(
     shares = _shares(layers, sizes)
     along = [step for one in signatures for step in steps[one]]
     ends = [
-        np.unique(stepped(channels, step, channels)) for channels, step in zip(reachable, along, strict=True)
+        np.union1d(channels[channels < quantum], stepped(channels[channels >= quantum], step, channels))
+        for channels, step in zip(reachable, along, strict=True)
     ]
     counts = [min(2, len(channels)) for channels in ends]
     growing = {axis for axis, channels in enumerate(ends) if counts[axis] < len(channels)}

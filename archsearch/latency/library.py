@@ -8,7 +8,8 @@ from pathlib import Path
 from archsearch import files
 from archsearch.latency.accuracy import assess
 from archsearch.latency.meter import Meter, Settings
-from archsearch.latency.profile import Allowed, Profile
+from archsearch.latency.profile import Profile
+from archsearch.latency.quantum import Allowed
 from archsearch.latency.subject import Subject
 from archsearch.latency.table import LatencyTable
 from archsearch.rebuild import Traced
@@ -28,7 +29,7 @@ def own_table(
     """Return the table of a network on this machine; measure it where there is none yet.
 
     What was measured of one that was stopped is found again. Another driver, another version of the runtime,
-    another batch make another table, each in a directory of its own.
+    another batch, other multiples of channels make another table, each in a directory of its own.
 
     Args:
         traced: The reference.
@@ -43,7 +44,9 @@ def own_table(
         UsageError: If the network cannot be measured here.
     """
     subject = Subject(traced, settings)
-    name = "-".join([traced.name, settings.runtime, settings.device, f"b{settings.batch}", settings.dtype])
+    words = [traced.name, settings.runtime, settings.device, f"b{settings.batch}", settings.dtype]
+    words += [f"by{settings.round_to}"] if settings.round_to is not None else []
+    name = "-".join(words)
     home = directory / f"{''.join(c if c.isalnum() or c in '._-' else '-' for c in name)}-{subject.key[:12]}"
     path = home / TABLE
     if path.exists():

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, Protocol, TypeAlias
 
 from torch import nn
 
 from archsearch.errors import UsageError
 from archsearch.latency import measure
+from archsearch.latency.measurement import FEWEST_BLOCKS
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,6 @@ class Settings:
         max_cells: Cells at most, those of the probes among them.
         calibration: Networks that the correction is fitted on.
         held_out: Networks to test with, half of them of equal MACs.
-        equal_keep: Share of the MACs that these keep; where that is out of reach, they are half-way from the
-            smallest network to the reference.
         round_to: Multiples of channels to make the table for; ``None`` takes the quantum that is found.
         seed: Of the networks' widths.
         max_seconds: Of the whole profile, to prepare and to measure; ``None`` is as long as it takes.
@@ -44,7 +44,6 @@ class Settings:
     max_cells: int = 300
     calibration: int = 20
     held_out: int = 20
-    equal_keep: float = 0.5
     round_to: int | None = None
     seed: int = 0
     max_seconds: float | None = None
@@ -57,9 +56,14 @@ class Settings:
             ("max_cells", 1),
             ("calibration", 8),
             ("held_out", 10),
+            ("blocks", FEWEST_BLOCKS),
         ):
             if getattr(self, name) < least:
                 raise UsageError(f"{name} {getattr(self, name)}: at least {least}")
+        if self.round_to is not None and self.round_to < 1:
+            raise UsageError(f"round_to {self.round_to}: channels are multiples of 1 or more")
+        if self.max_seconds is not None and not (isfinite(self.max_seconds) and self.max_seconds > 0):
+            raise UsageError(f"max_seconds {self.max_seconds}: a number above 0")
 
     @property
     def cells(self) -> measure.Protocol:

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from archsearch.latency.accuracy import assess
+from archsearch.latency.content import Role
 from archsearch.latency.quantum import Staircase
-from archsearch.latency.table import LatencyTable, Role
+from archsearch.latency.table import LatencyTable
 from archsearch.pictures import pyplot
 
 BLUE, RED, GREY = "#2f6f9f", "#c2410c", "#9aa5b1"

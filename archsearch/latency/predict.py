@@ -54,18 +54,23 @@ class Knots:
         reads: Rising, ``(R,)``.
         makes: Rising, ``(M,)``.
         ms: ``(R, M)``.
-        steps: Of the staircase along either axis; all knots but the last are multiples.
+        steps: Of the staircase along either axis; what lies on one takes the time of its end, but a knot its
+            own.
     """
 
     reads: Integers
     makes: Integers
     ms: Floats
-
     steps: tuple[int, int] = (1, 1)
 
     def at(self, reads: Integers, makes: Integers) -> Floats:
         """Return the times at other channels, ``(R', M')``: on a step, those of its end."""
-        reads, makes = stepped(reads, self.steps[0], self.reads), stepped(makes, self.steps[1], self.makes)
+        reads, makes = (
+            np.where(np.isin(channels, known), channels, stepped(channels, step, known))
+            for channels, step, known in zip(
+                (reads, makes), self.steps, (self.reads, self.makes), strict=True
+            )
+        )
         rows = np.stack([np.interp(makes, self.makes, row) for row in self.ms])
         return np.stack([np.interp(reads, self.reads, column) for column in rows.T], axis=-1)
 

@@ -15,26 +15,27 @@ import numpy.typing as npt
 
 from archsearch.errors import UsageError
 from archsearch.latency.cells import DEPTHWISE, Cell, Layer, Signature, build_cell
+from archsearch.latency.content import FORMAT, CellRecord, Content, Group, NetworkRecord, Role
 from archsearch.latency.journal import Journal
 from archsearch.latency.knots import choose_knots, macs_of, value_of
 from archsearch.latency.meter import Made, Meter, RuntimeMeter, Settings
-from archsearch.latency.quantum import PROBES, TOP, Staircase, find_quantum, steps_of
+from archsearch.latency.quantum import (
+    FEWEST,
+    PROBES,
+    TOP,
+    Allowed,
+    Staircase,
+    choose_widths,
+    find_quantum,
+    steps_of,
+)
 from archsearch.latency.sampling import equal_macs_widths, random_widths
 from archsearch.latency.subject import Subject
-from archsearch.latency.table import (
-    FORMAT,
-    CellRecord,
-    Content,
-    Group,
-    LatencyTable,
-    NetworkRecord,
-    Role,
-)
+from archsearch.latency.table import LatencyTable
 from archsearch.latency.workbench import Job, Workbench
 from archsearch.rebuild import Traced
 
 Integers: TypeAlias = npt.NDArray[np.int64]
-Allowed: TypeAlias = Callable[[int], Mapping[str, Integers]]
 
 REPEAT = 3
 """Layers behind each other in the cells that tell what it costs to enter and leave one."""
@@ -42,6 +43,9 @@ REPEAT = 3
 MAX_BOUNDARIES = 8
 LEAST_SHARE = 0.05
 """Of the layers or the multiply-adds: what kinds of layers are probed."""
+
+EQUAL_KEEP = 0.5
+"""Of the MACs, in the networks of equal MACs; half-way to the smallest network where that is out of reach."""
 
 FEW = 1.25
 """Times the MACs of the smallest network, below which there are too few to choose from."""
@@ -80,12 +84,8 @@ class Profile:
         self._subject = Subject(traced, settings)
         self._layers = self._subject.layers
         self._signatures = list(dict.fromkeys(layer.signature for layer in self._layers))
-        journal_conditions = {
-            "fingerprint": self._subject.fingerprint,
-            "conditions": self._subject.conditions.model_dump(mode="json"),
-            "protocols": [vars(settings.cells), vars(settings.networks)],
-        }
-        self._journal = Journal(journal, journal_conditions)
+        protocols = [vars(settings.cells), vars(settings.networks)]
+        self._journal = Journal(journal, {"subject": self._subject.key, "protocols": protocols})
         self._bench = Workbench(
             settings,
             meter or RuntimeMeter(settings),
@@ -109,14 +109,21 @@ class Profile:
         staircases = self._probe()
         quantum = find_quantum(staircases)
         self._say(f"channel quantum {quantum}: {_explained(staircases)}")
-        if self._settings.round_to is not None:
+        if self._settings.round_to is None:
+            widths = choose_widths(self._allowed, quantum)
+            finer = sum(len(steps) != len(widths[name]) for name, steps in self._allowed(quantum).items())
+            if finer:
+                self._say(
+                    f"{finer} groups have finer multiples: these would leave them fewer than {FEWEST} widths"
+                )
+        else:
             quantum = self._settings.round_to
-        widths = {name: np.asarray(steps) for name, steps in self._allowed(quantum).items()}
+            widths = dict(self._allowed(quantum))
         sizes = self._traced.graph.sizes
         boundaries = self._boundaries(quantum)
         left = self._settings.max_cells - self._probe_count - 2 * len(boundaries)
         steps = {one: steps_of(one, staircases, quantum) for one in self._signatures}
-        axes = choose_knots(self._layers, widths, sizes, steps, self._bench.affordable(left))
+        axes = choose_knots(self._layers, widths, sizes, steps, quantum, self._bench.affordable(left))
         grid = [
             Cell(number, reads, makes)
             for number, one in enumerate(axes)
@@ -243,7 +250,7 @@ class Profile:
         generator = np.random.default_rng(chosen.seed)
         equal_count = chosen.held_out // 2
         least = int(cost.macs(np.array([[step[0] for step in steps]]))[0])
-        target = int(chosen.equal_keep * cost.reference.macs)
+        target = int(EQUAL_KEEP * cost.reference.macs)
         if target < FEW * least:
             target = (least + cost.reference.macs) // 2
         equal = equal_macs_widths(steps, cost.macs, target, equal_count, generator)
@@ -309,7 +316,7 @@ def _explained(staircases: Sequence[Staircase]) -> str:
     """Say what each kind of layer would like."""
     words = [
         f"{curve.op} {curve.axis} "
-        + ("hardly depends on the channels" if curve.flat else f"in steps of {curve.step(1)}")
+        + ("hardly depends on the channels" if curve.flat else f"in steps of {curve.block}")
         for curve in staircases
     ]
     return "; ".join(words) or "nothing was probed"

@@ -8,15 +8,26 @@ than the next multiple. The kinds are the odd multiples of ``q / 2``, of ``q / 4
 less than a quarter of what its share of the channels promises. What a width promises is its distance to the
 next multiple of ``q`` times the mean slope of the curve; what it saves is how much faster than that one it
 is, and less than nothing where it is slower. (The smallest such ``q`` would always be 1.)
+
+Below one block of channels kernels are often other ones, which the probes do not see. So groups that a
+quantum leaves nearly nothing to choose get finer multiples: their cells are measured too, and say what these
+are worth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
+from pydantic import Field, model_validator
 
 from archsearch.latency.cells import DEPTHWISE, Frozen, Signature
+
+Allowed: TypeAlias = Callable[[int], Mapping[str, npt.NDArray[np.int64]]]
+"""Returns the widths that each group may have, given the multiples of channels worth having."""
 
 CANDIDATES = (2, 4, 8, 16, 32)
 
@@ -31,6 +42,12 @@ WORTH = 0.25
 
 FLAT = 0.1
 """Half of the channels save at least this share of the time, or the channels do not matter."""
+
+FEWEST = 4
+"""Widths that a group should have to choose from."""
+
+FINEST = 8
+"""Multiples that are not halved to get there: eight float32 fill a vector register of AVX2."""
 
 
 class Staircase(Frozen):
@@ -47,8 +64,14 @@ class Staircase(Frozen):
     op: str
     axis: str
     layers: int
-    channels: tuple[int, ...]
-    ms: tuple[float, ...]
+    channels: tuple[int, ...] = Field(min_length=2, max_length=1024)
+    ms: tuple[float, ...] = Field(min_length=2, max_length=1024)
+
+    @model_validator(mode="after")
+    def _pairs(self) -> Staircase:
+        if len(self.ms) != len(self.channels) or any(b <= a for a, b in pairwise((0, *self.channels))):
+            raise ValueError("channels must rise, from 1 on, with one time for each")
+        return self
 
     @property
     def slope(self) -> float:
@@ -75,6 +98,15 @@ class Staircase(Frozen):
     def quantum(self) -> int:
         """The quantum of this kind of layer alone; 1 where the channels hardly matter."""
         return find_quantum([self])
+
+    @property
+    def block(self) -> int:
+        """Channels that cost as much as one of them does.
+
+        The quantum is blind to steps where the last probe is off, and ``step`` where widths between are
+        slower.
+        """
+        return max(self.quantum, self.step(1))
 
     def step(self, multiple: int) -> int:
         """Return the largest step on which all multiples of a number take the same time; 1 if there is none.
@@ -119,13 +151,30 @@ def find_quantum(staircases: Sequence[Staircase]) -> int:
     return 1
 
 
+def choose_widths(allowed: Allowed, quantum: int) -> dict[str, npt.NDArray[np.int64]]:
+    """Return the widths of each group: multiples of the quantum, or of less where that leaves too few.
+
+    A group that would have fewer than four gets multiples of half of the quantum, or half of this and so on,
+    down to eight.
+    """
+    widths = dict(allowed(quantum))
+    while quantum % 2 == 0 and quantum // 2 >= FINEST:
+        quantum //= 2
+        finer = allowed(quantum)
+        widths = {name: finer[name] if len(steps) < FEWEST else steps for name, steps in widths.items()}
+    return widths
+
+
 def steps_of(signature: Signature, staircases: Sequence[Staircase], quantum: int) -> tuple[int, int]:
     """Return the step of a layer's time along the channels that it reads, and along those that it makes.
 
     Args:
         signature: Of the layer.
         staircases: That were probed.
-        quantum: Channels are multiples of it; the step of kinds of layers that were not probed.
+        quantum: Channels are multiples of it.
+
+    Returns:
+        Both steps; 1 for kinds of layers that were not probed.
     """
     if signature.groups not in (1, DEPTHWISE) or signature.multiplier > 1:
         return 1, 1  # its channels come in multiples of their own
@@ -134,5 +183,5 @@ def steps_of(signature: Signature, staircases: Sequence[Staircase], quantum: int
         for curve in staircases
         if curve.op == signature.op
     }
-    reads = 1 if signature.groups == DEPTHWISE else own.get("reads", quantum)
-    return reads, own.get("makes", quantum)
+    reads = 1 if signature.groups == DEPTHWISE else own.get("reads", 1)
+    return reads, own.get("makes", 1)

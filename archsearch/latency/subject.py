@@ -15,10 +15,10 @@ from torch.utils import _pytree as pytree
 
 from archsearch.errors import UsageError
 from archsearch.latency.bench import settled
-from archsearch.latency.cells import find_layers
+from archsearch.latency.content import Conditions
 from archsearch.latency.fingerprint import fingerprint
+from archsearch.latency.layers import find_layers
 from archsearch.latency.meter import Made, Settings
-from archsearch.latency.table import Conditions
 from archsearch.rebuild import Traced
 from archsearch.surgery import shrink
 
@@ -73,6 +73,8 @@ class Subject:
             "fingerprint": self.fingerprint,
             "conditions": self.conditions.model_dump(mode="json"),
             "groups": self.traced.graph.sizes,
+            # Code of the user's own may have changed under the same name.
+            "layers": [layer.model_dump(mode="json") for layer in self.layers],
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

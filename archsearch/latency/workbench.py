@@ -8,9 +8,9 @@ from typing import Any
 
 from archsearch.errors import PreemptedError, UsageError
 from archsearch.latency import measure
+from archsearch.latency.content import Times
 from archsearch.latency.journal import Journal
 from archsearch.latency.meter import Made, Meter, Settings
-from archsearch.latency.table import Times
 
 AT_ONCE: Mapping[str, int] = {"cell": 8, "network": 4}
 """Measured beside one reference in turn."""
@@ -73,8 +73,11 @@ class Workbench:
             UsageError: If the networks alone take longer than there is time.
         """
         chosen, journal = self._settings, self.journal
+        if journal.of_others:
+            self._say(f"{journal.path}: is of other conditions, or of another version: starts afresh")
         if len(journal):
-            self._say(f"goes on: {len(journal)} measurements are there already")
+            cells, found = journal.count("cell"), journal.count("network")
+            self._say(f"goes on from {journal.path}: found {cells} layers and {found} networks measured")
         self._networks_s = max(0, networks - journal.count("network")) * self._seconds_of("network")
         self._cell_s = self._seconds_of("cell")
         total_s = self._networks_s + max(0, chosen.max_cells - journal.count("cell")) * self._cell_s
@@ -117,8 +120,12 @@ class Workbench:
             reference, *measured = self._meter.measure(calls, self._protocols[what])
             self.measuring_s += self._meter.seconds() - prepared
             self.preparing_s += prepared - began
-            for job, ms in zip(group, measured, strict=True):
-                self.journal.add(job.name, Times(ms=ms, reference_ms=reference))
+            self.journal.add(
+                {
+                    job.name: Times(ms=ms, reference_ms=reference)
+                    for job, ms in zip(group, measured, strict=True)
+                }
+            )
             done += len(group)
             self._progress(title or what, done, len(jobs))
 

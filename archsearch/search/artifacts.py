@@ -21,8 +21,9 @@ from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta, upl
 from optuna.exceptions import ExperimentalWarning
 from optuna.trial import FrozenTrial
 
+from archsearch.search.facts import FACTS
 from archsearch.search.notes import of_study, of_trial
-from archsearch.search.overview import FACTS, Overview, unit
+from archsearch.search.overview import Overview, unit
 from archsearch.search.sampler import WIDTHS
 from archsearch.search.sketches import draw_training, draw_trial_widths
 from archsearch.search.task import TASK, Result, Task

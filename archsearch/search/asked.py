@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -11,10 +11,11 @@ from archsearch.plan import NO_PROXY, Plan
 from archsearch.search.crew import Crew
 from archsearch.search.quest import Quest
 from archsearch.search.rungs import Rungs
+from archsearch.targets import Target
 
 _QUEST = tuple(each.name for each in fields(Quest) if each.name not in ("plan", "informed"))
 _CREW = {"jobs": "jobs", "engine": "engine", "engine_options": "options"}
-SETTINGS = ("proxy", *_QUEST, *_CREW, "storage")
+SETTINGS = ("proxy", *_QUEST, *_CREW, "storage", "front")
 """What ``find`` takes in ``search``."""
 
 
@@ -26,11 +27,13 @@ class Asked:
         quest: How to search.
         crew: Who trains.
         storage: Address of a shared database, if one was given.
+        front: The targets, where there are several.
     """
 
     quest: Quest
     crew: Crew
     storage: str | None
+    front: Sequence[Target] = ()
 
 
 def check(settings: Mapping[str, Any]) -> None:
@@ -69,4 +72,6 @@ def asked(settings: Mapping[str, Any], plan: Plan, **workers: Any) -> Asked:
         words["rungs"] = Rungs.parse(words.get("rungs"))
     crew = {field: settings[name] for name, field in _CREW.items() if settings.get(name) is not None}
     words["informed"] = settings.get("proxy", NO_PROXY) != NO_PROXY
-    return Asked(Quest(plan, **words), Crew(**crew, **workers), settings.get("storage"))
+    return Asked(
+        Quest(plan, **words), Crew(**crew, **workers), settings.get("storage"), settings.get("front", ())
+    )

@@ -42,8 +42,8 @@ class Board:
             Live(console=self._console, transient=True) if live and self._console.is_terminal else None
         )
         self._since_s = time.monotonic()
-        self._here = 0
-        self._ended: dict[int, FrozenTrial] = {t.number: t for t in before if counts(t)}
+        self._ended = _ended(before)
+        self._before = frozenset(self._ended)
         self._running: list[int] = []
 
     def __enter__(self) -> Board:  # noqa: PYI034  # typing.Self is Python 3.11
@@ -63,14 +63,19 @@ class Board:
         self._running.append(number)
         self._show()
 
-    def ended(self, number: int, trial: FrozenTrial) -> None:
-        """Say how a trial ended."""
+    def ended(self, number: int, trials: Sequence[FrozenTrial]) -> None:
+        """Say how a trial ended.
+
+        Args:
+            number: Of the trial.
+            trials: All of the study by now; other drivers may have ended some of them.
+        """
         if number in self._running:
             self._running.remove(number)
-        self._ended[number] = trial
-        self._here += "same_as" not in trial.user_attrs
+        self._ended = _ended(trials)
         if self._live is None:
-            self._say(f"trial {len(self._ended)} of {self._trials}: {_told(trial)}{self._rate()}")
+            told = _told(trials[number])
+            self._say(f"trial {len(self._ended)} of {self._trials}: {told}{self._rate()}")
         self._show()
 
     def table(self) -> Table:
@@ -102,15 +107,21 @@ class Board:
         cost = f", {_duration(spent_s)} of training so far" if spent_s else ""
         hours = (time.monotonic() - self._since_s) / 3600
         left = self._trials - len(self._ended)
-        if not self._here or left <= 0 or hours <= 0:
+        new = [t for number, t in self._ended.items() if number not in self._before]
+        trained = sum("same_as" not in trial.user_attrs for trial in new)
+        if not trained or left <= 0 or hours <= 0:
             return cost
-        rate = self._here / hours
+        rate = trained / hours
         shown = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
         return f"; {shown} trials an hour, about {_duration(3600 * left / rate)} left{cost}"
 
     def _show(self) -> None:
         if self._live is not None:
             self._live.update(self.table())
+
+
+def _ended(trials: Sequence[FrozenTrial]) -> dict[int, FrozenTrial]:
+    return {trial.number: trial for trial in trials if counts(trial)}
 
 
 def _told(trial: FrozenTrial) -> str:

@@ -8,9 +8,8 @@ knew the true accuracies would reach about the square root of it (Spearman, 1904
 
 from __future__ import annotations
 
-import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import sqrt
 from typing import Any
@@ -20,14 +19,16 @@ import numpy.typing as npt
 from scipy.stats import ConstantInputWarning, kendalltau, spearmanr
 
 from archsearch.errors import ArchsearchError
-from archsearch.search.work import Work
+from archsearch.search.facts import CALIBRATION
+from archsearch.search.project import project
+from archsearch.search.quest import Quest
+from archsearch.search.sampler import ModelSampler
+from archsearch.search.study import Surface
+from archsearch.search.worth import Worth
 
 Floats = npt.NDArray[np.float64]
-Network = tuple[Mapping[str, int], int]
-"""Widths and a seed."""
 
 RESAMPLES = 500
-POLL_S = 0.25
 HEADER = ("objective", "Spearman", "95 %", "Kendall", "95 %")
 
 
@@ -98,8 +99,15 @@ class Calibration:
         """The Spearman correlation that an objective without any error would reach."""
         return sqrt(max(0.0, self.objectives["full"].spearman))
 
+    def lines(self) -> Iterable[str]:
+        """Yield what people read."""
+        yield f"rank correlation with full training, {self.networks} networks of the target"
+        for row in [HEADER, *self.rows()]:
+            yield "{:<10} {:>8}  {:<16} {:>8}  {}".format(*row)
+        yield f"an objective without any error would reach {self.ceiling:.2f} (Spearman)"
+
     def rows(self) -> list[tuple[str, ...]]:
-        """Return the table for people, under ``HEADER``."""
+        """Return the cells of the table, under ``HEADER``."""
         return [
             (
                 name,
@@ -117,32 +125,22 @@ class Calibration:
         return {"networks": self.networks, "ceiling": round(self.ceiling, 4), "objectives": plain}
 
 
-def carried_out(work: Work, networks: Sequence[Network]) -> list[float]:
-    """Have networks trained, as many at once as there are slots; one that diverged is NaN.
+def calibrated(quest: Quest, surface: Surface, worth: Worth) -> Calibration:
+    """Train networks that fill the target's surface, and compare what each objective says of them."""
+    seed = quest.plan.seed
+    points = ModelSampler(surface.names, seed)
+    widths = [
+        project(points.point(number), surface.cost, surface.allowed, surface.targets)
+        for number in range(quest.calibrate)
+    ]
 
-    Args:
-        work: Is not closed.
-        networks: Are numbered from 0.
+    def trained(share: float, seed: int) -> Sequence[float]:
+        networks = [(each, seed) for each in widths]
+        return worth.trained(networks, CALIBRATION, f"{round(100 * share)}-{seed}", share).accuracies
 
-    Raises:
-        ArchsearchError: If one could not be trained for another reason.
-    """
-    values: dict[int, float] = {}
-    waiting, running = list(range(len(networks))), set[int]()
-    while waiting or running:
-        while waiting and len(running) < work.slots:
-            number = waiting.pop(0)
-            running.add(number)
-            work.begin(number, *networks[number])
-        ended = {number: found for number in running if (found := work.found(number)) is not None}
-        for number, found in ended.items():
-            running.remove(number)
-            if found.reason is not None and found.reason[0] != "diverged":
-                raise ArchsearchError(f"network {number}: {found.reason[1]}")
-            values[number] = float("nan") if found.value is None else found.value
-        if not ended:
-            time.sleep(POLL_S)
-    return [values[number] for number in range(len(networks))]
+    objectives = {name: [value(each, 0) for each in widths] for name, value in worth.direct.items()}
+    objectives["short"] = list(trained(quest.short, seed))
+    return Calibration.of(objectives, [trained(1.0, seed), trained(1.0, seed + 1)], seed)
 
 
 def _ranks(values: Floats, trainings: Floats) -> tuple[float, float]:

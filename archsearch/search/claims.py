@@ -71,8 +71,13 @@ def tell(
     A driver that was paused for long finds that another one has taken its trial over, and an end that was
     told while the server died is told twice. A task is a pure function, so both ends are the same.
     """
-    with contextlib.suppress(UpdateFinishedTrialError):
+    with unless_ended():
         study.tell(number, value, state=state, skip_if_finished=True)
+
+
+def unless_ended() -> contextlib.AbstractContextManager[None]:
+    """Return a context that leaves quietly where a trial takes nothing more, since its end was told."""
+    return contextlib.suppress(UpdateFinishedTrialError)
 
 
 class Alone:
@@ -161,7 +166,8 @@ class Shared:
     def left(self) -> list[FrozenTrial]:
         """Take over the running trials of dead drivers, and return them.
 
-        A trial that nobody claimed for as long is the remainder of a driver that died while it asked.
+        A trial that nobody claimed for as long is the remainder of a driver that died while it asked. Unless
+        it was enqueued, nothing is known of it, and it ends here.
         """
         beats = self._storage.get_study_system_attrs(self._id)
         if self._losses != self._storage.losses:
@@ -181,7 +187,11 @@ class Shared:
         with self.turn():
             for trial in self._study.get_trials(states=(TrialState.RUNNING,)):
                 # Another driver may have been faster.
-                if trial.number in dead and trial.user_attrs.get(DRIVER) == dead[trial.number]:
+                if trial.number not in dead or trial.user_attrs.get(DRIVER) != dead[trial.number]:
+                    continue
+                if not trial.user_attrs:
+                    tell(self._study, trial.number, state=TrialState.FAIL)
+                else:
                     self._storage.set_trial_user_attr(trial._trial_id, DRIVER, self.name)
                     taken.append(trial)
         return taken

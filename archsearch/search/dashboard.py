@@ -18,6 +18,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from archsearch import files
 from archsearch.errors import ResourceError, UsageError
 from archsearch.search.artifacts import DIRECTORY
+from archsearch.search.claims import NOTE, shared_study
 from archsearch.search.reading import read_only
 from archsearch.search.storage import FILE, storage
 
@@ -117,9 +118,11 @@ def serving(
     from optuna.artifacts import FileSystemArtifactStore
 
     with contextlib.ExitStack() as stack:
-        if not (run / FILE).is_file():
+        if _study_file(run) is None:
             raise UsageError(f"{run}: has no search ({FILE}): give the --out of one")
         if allow_edit:
+            if shared_study(run) is not None:
+                raise UsageError(f"--allow-edit: the study of {run} is shared by drivers: leave it out")
             stack.enter_context(files.lock(run))
             kept = stack.enter_context(storage(run, None, print))
         else:
@@ -138,8 +141,13 @@ def searches(directory: Path) -> list[Path]:
     """Return the run directories of searches in a directory, the one that changed last first."""
     if not directory.is_dir():
         return []
-    found = [path.parent for path in directory.glob(f"*/{FILE}") if path.is_file()]
-    return sorted(found, key=lambda run: (run / FILE).stat().st_mtime, reverse=True)
+    found = {run: file for run in directory.iterdir() if (file := _study_file(run)) is not None}
+    return sorted(found, key=lambda run: found[run].stat().st_mtime, reverse=True)
+
+
+def runs_of(directory: Path) -> list[Path]:
+    """Return a run directory itself, or the searches in a directory that is none, such as a front's."""
+    return [directory] if _study_file(directory) is not None else sorted(searches(directory)) or [directory]
 
 
 def chosen(run: Path) -> tuple[Path, list[Path]]:
@@ -148,9 +156,14 @@ def chosen(run: Path) -> tuple[Path, list[Path]]:
     Raises:
         UsageError: If there is no search.
     """
-    if (run / FILE).is_file():
+    if _study_file(run) is not None:
         return run, []
     found = searches(run)
     if not found:
         raise UsageError(f"{run}: has no search ({FILE}), and neither has a directory in it: give one")
     return found[0], found[1:]
+
+
+def _study_file(run: Path) -> Path | None:
+    """Return the study of a run, or the file that names the shared one it has."""
+    return next((file for file in (run / FILE, run / NOTE) if file.is_file()), None)

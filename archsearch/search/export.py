@@ -11,7 +11,7 @@ from archsearch import files
 from archsearch.architecture import Architecture
 from archsearch.on_device import note, verdict
 from archsearch.rebuild import Traced
-from archsearch.results import Record
+from archsearch.results import Arm, Record
 from archsearch.search.finals import Outcome
 from archsearch.targets import Target
 from archsearch.tensor_files import write_tensors
@@ -31,6 +31,16 @@ _PAGES = ("validation", "calibration")
 _TIMES = ("predicted_ms", "low_ms", "high_ms", "measured_ms", "measured_share", "stable")
 
 
+def record_of(outcome: Outcome, reference: Arm, conditions: Mapping[str, Any]) -> Record:
+    """Return the results of a search: its conditions, what decided, and all arms."""
+    validation = {
+        name: [round(accuracy, 2) for accuracy in accuracies]
+        for name, accuracies in outcome.validation.items()
+    }
+    facts = {**conditions, "verdict": outcome.verdict, "validation": validation}
+    return Record(facts, [reference, *outcome.arms])
+
+
 def exported(
     traced: Traced, outcome: Outcome, record: Record, out: Path
 ) -> tuple[Architecture, Sequence[Path]]:
@@ -46,6 +56,11 @@ def exported(
     return architecture, [path, out / WEIGHTS, *record.write(out)]
 
 
+def finalist_file(name: str) -> str:
+    """Return where in a run directory the architecture file of a finalist is."""
+    return f"{FINALISTS}/{''.join(c if c.isalnum() or c in '._' else '-' for c in name)}.yaml"
+
+
 def write_finalist(traced: Traced, name: str, widths: Mapping[str, int], out: Path) -> tuple[Path, str]:
     """Write the architecture file of a finalist; return it and the architecture's key.
 
@@ -53,7 +68,7 @@ def write_finalist(traced: Traced, name: str, widths: Mapping[str, int], out: Pa
     """
     architecture = traced.architecture(widths, {"widths of": name})
     files.probe(out / FINALISTS, 2**20)
-    path = out / FINALISTS / f"{''.join(c if c.isalnum() or c in '._' else '-' for c in name)}.yaml"
+    path = out / finalist_file(name)
     if not path.exists() or Architecture.read(path).key != architecture.key:
         architecture.write(path)
     return path, architecture.key

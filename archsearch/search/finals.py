@@ -19,9 +19,14 @@ from torch import nn
 
 from archsearch.cost import CostModel
 from archsearch.results import Arm, gain
+from archsearch.search.quest import Quest
 from archsearch.search.sampler import told
 from archsearch.search.trial import Scratch
+from archsearch.search.worth import Worth
 from archsearch.trainer import Trainer, arm_of
+
+FINALS = "finals"
+"""Where the tasks of workers are."""
 
 FRESH = 10_000
 """The first seed of the finals, after that of the search."""
@@ -85,25 +90,27 @@ def threads_as(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def finals(
-    finalists: Sequence[Finalist],
-    scratch: Scratch,
-    blind: Trainer,
-    trainer: Trainer,
-    seeds: int,
-    seed: int,
-) -> Outcome:
-    """Train the finalists, choose on validation, then measure all of them on the test set.
+def finals(finalists: Sequence[Finalist], worth: Worth, trainer: Trainer, quest: Quest) -> Outcome:
+    """Train the finalists with fresh seeds, choose on validation, then measure all of them on the test set.
 
     Args:
         finalists: The first has uniform widths.
-        scratch: Trains the networks with the full budget.
-        blind: A trainer that leaves the test set alone.
-        trainer: One that measures on it.
-        seeds: How many.
-        seed: Of the search.
+        worth: Trains them.
+        trainer: One that measures on the test set.
+        quest: Says how many seeds.
     """
-    fresh = seeds_of(seeds, seed)
+    fresh = seeds_of(quest.finals, quest.plan.seed)
+    threads = None
+    if worth.crew.name != "inline":
+        # Workers train them side by side; below they are found in the store.
+        threads = worth.trained([(each.widths, s) for each in finalists for s in fresh], FINALS).threads
+    with threads_as(threads):
+        return _decided(finalists, worth.scratch, worth.blind, trainer, fresh)
+
+
+def _decided(
+    finalists: Sequence[Finalist], scratch: Scratch, blind: Trainer, trainer: Trainer, fresh: Sequence[int]
+) -> Outcome:
     validation = {
         each.name: [scratch(blind, each.name, each.widths, s).accuracy for s in fresh] for each in finalists
     }

@@ -19,10 +19,9 @@ import optuna
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from archsearch import errors
 from archsearch.errors import ArchsearchError, PreemptedError
 from archsearch.search.board import Board
-from archsearch.search.claims import Alone, Claims, tell
+from archsearch.search.claims import Alone, Claims, tell, unless_ended
 from archsearch.search.rungs import EVERYTHING, Rungs
 from archsearch.search.sampler import WIDTHS
 from archsearch.search.study import ORIGIN, SEED, Start, Surface, counts, enqueue, finished
@@ -139,7 +138,7 @@ class _Loop:
         return not self._running and not self._held and finished(self._study) >= self._trials
 
     def recover(self) -> None:
-        """Pick up the trials that this driver was at when it was killed; give up those without widths."""
+        """Pick up the trials that this driver was at when it was killed."""
         running = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         self._adopt([trial for trial in running if self._claims.mine(trial)])
 
@@ -153,7 +152,10 @@ class _Loop:
 
     def report(self, number: int) -> None:
         """Report how far a trial has come, and stop it at a rung where others were better."""
-        each = self._running[number]
+        with unless_ended():  # by another driver
+            self._report(number, self._running[number])
+
+    def _report(self, number: int, each: _Running) -> None:
         for percent, accuracy in self._work.progress(number).items():
             if percent <= each.percent:
                 continue
@@ -168,26 +170,25 @@ class _Loop:
 
     def _adopt(self, trials: Sequence[FrozenTrial]) -> None:
         for trial in trials:
-            if WIDTHS not in trial.user_attrs:
-                tell(self._study, trial.number, state=TrialState.FAIL)
+            again, facts = Trial(self._study, trial._trial_id), trial.user_attrs
+            if WIDTHS not in facts:  # its driver died right after it asked
+                self._held.append(self._described(again))
                 continue
-            facts = trial.user_attrs
             key = (facts[WIDTHS], facts[SEED])
             percent = max(trial.intermediate_values, default=0)
-            found = _Running(Trial(self._study, trial._trial_id), facts[ORIGIN], key, percent)
-            self._held.append(found)
+            self._held.append(_Running(again, facts[ORIGIN], key, percent))
 
     def _ask(self) -> bool:
-        moved = False
-        while self._asks and len(self._running) + len(self._held) < self._work.slots:
-            trial = self._claims.ask(self._has_room)
-            if trial is None:
-                self._asks = False
-            else:
-                self._held.append(self._described(trial))
-                self._begin_held()
-                moved = True
-        return moved
+        """Ask for one trial and begin it: with work that is done at once, signals are seen in between."""
+        if not self._asks or len(self._running) + len(self._held) >= self._work.slots:
+            return False
+        trial = self._claims.ask(self._has_room)
+        if trial is None:
+            self._asks = False
+            return False
+        self._held.append(self._described(trial))
+        self._begin_held()
+        return True
 
     def _has_room(self) -> bool:
         trials = self._study.get_trials(deepcopy=False)
@@ -245,24 +246,26 @@ class _Loop:
         return finding is not None
 
     def _end(self, number: int, finding: Finding) -> None:
+        if (shared := finding.shared()) is not None:
+            raise shared
         if finding.reason is not None:
-            self._failed(number, *finding.reason, finding.kind)
+            self._failed(number, *finding.reason)
             return
         self._failures = 0
         each = self._running.pop(number)
-        for name, fact in finding.facts.items():
-            each.trial.set_user_attr(name, fact)
+        with unless_ended():
+            for name, fact in finding.facts.items():
+                each.trial.set_user_attr(name, fact)
         if finding.stopped:
             self._tell(number, state=TrialState.PRUNED)
         else:
             self._tell(number, finding.value)
 
-    def _failed(self, number: int, name: str, why: str, kind: str) -> None:
-        """Give up a trial for a reason of its own; a reason that all trials share ends the search."""
-        if name == "error" and (own := _our_error(kind)) is not None:
-            raise own(why)
+    def _failed(self, number: int, name: str, why: str) -> None:
+        """Give up a trial for a reason of its own."""
         trial = self._running.pop(number).trial
-        trial.set_user_attr(name, why[:1000])
+        with unless_ended():
+            trial.set_user_attr(name, why[:1000])
         self._tell(number, state=TrialState.FAIL)
         self._failures = self._failures + 1 if name != "diverged" else 0
         if self._failures >= FAILURES:
@@ -271,12 +274,7 @@ class _Loop:
             )
 
     def _tell(self, number: int, value: float | None = None, state: TrialState | None = None) -> None:
-        self._observe(number)
+        with unless_ended():
+            self._observe(number)
         tell(self._study, number, value, state)
-        self._board.ended(number, self._study.get_trials(deepcopy=False)[number])
-
-
-def _our_error(kind: str) -> type[ArchsearchError] | None:
-    """Return the class of an error of ours: it says what is wrong with the run, not with one network."""
-    found = getattr(errors, kind, None) if kind else None
-    return found if isinstance(found, type) and issubclass(found, ArchsearchError) else None
+        self._board.ended(number, self._study.get_trials(deepcopy=False))

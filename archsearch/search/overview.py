@@ -18,14 +18,12 @@ from optuna.trial import FrozenTrial, TrialState
 from archsearch import files
 from archsearch.errors import IntegrityError
 from archsearch.results import Arm
+from archsearch.search.facts import FACTS, told_by
 from archsearch.search.posterior import Posterior
 from archsearch.search.reading import reading
 from archsearch.search.sampler import WIDTHS
 
 Floats = npt.NDArray[np.float64]
-
-FACTS = "facts"
-"""The user attribute of a study that tells people what is searched."""
 
 UNIFORM = "uniform"
 """The origin of uniform widths; those with further seeds have an origin that begins so."""
@@ -96,8 +94,8 @@ class Overview:
         Raises:
             IntegrityError: If the study does not say what it searches.
         """
-        facts = study.user_attrs.get(FACTS)
-        if not isinstance(facts, dict) or "groups" not in facts:
+        facts = told_by(study)
+        if facts is None:
             raise IntegrityError(f"{run}: the study does not say what it searches ({FACTS}); search again")
         done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         return cls(
@@ -223,14 +221,16 @@ class Overview:
 
     @cached_property
     def importance(self) -> dict[str, float]:
-        """How much of the values' spread each group's parameter explains, the largest first.
+        """How much of the values' spread each group's parameter explains, the largest shares first.
 
         PED-ANOVA (Watanabe et al., IJCAI 2023) as Optuna has it. Empty with fewer than ten trials, which say
         nothing about it.
         """
         if len(self.trials) < ENOUGH or not np.ptp(self.values) > 0:
             return {}
-        return dict(optuna.importance.get_param_importances(self.study))
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+        shares = optuna.importance.get_param_importances(self.study, evaluator=evaluator)
+        return dict(list(shares.items())[:MOST])
 
     @property
     def important(self) -> list[int]:

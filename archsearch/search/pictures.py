@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from archsearch.pictures import pyplot
-from archsearch.search.overview import MOST, Overview
+from archsearch.search.overview import Overview
 from archsearch.search.palette import BLUE, GREY, MAP, MARKS, ORANGE, colour_of, of_start
 
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
@@ -103,7 +103,7 @@ def history(seen: Overview, figure: Any) -> None:
 def importance(seen: Overview, figure: Any) -> None:
     """Draw what share of the values' spread each group explains."""
     axes = figure.subplots()
-    shares = list(seen.importance.items())[:MOST][::-1]
+    shares = list(seen.importance.items())[::-1]
     axes.barh([name for name, _ in shares], [100 * share for _, share in shares], color=BLUE, height=0.7)
     axes.set_xlabel("importance (PED-ANOVA), % of all")
     axes.margins(y=0.01)
@@ -315,7 +315,7 @@ PICTURES: Mapping[str, Picture] = {
         "The share of the values' spread that each group explains (PED-ANOVA). With few or noisy trials much "
         "of it is chance.",
         importance,
-        lambda seen: (7.2, 1.4 + 0.18 * min(MOST, len(seen.importance))),
+        lambda seen: (7.2, 1.4 + 0.18 * len(seen.importance)),
         lambda seen: bool(seen.importance),
     ),
     "parallel": Picture(

@@ -133,6 +133,7 @@ class Quest:
             "method": plan.label,
             # Points drawn from what the model believes depend on what it started from.
             **({"proxy": self.proxy} if self.thompson else {}),
+            **({"interactions": True} if self.thompson and self.interactions else {}),
             **({"options": dict(plan.options)} if plan.options else {}),
             "recipe": plan.recipe.as_dict(),
             "budget": plan.budget,

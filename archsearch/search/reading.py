@@ -15,10 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from archsearch.errors import StorageError, UsageError
 from archsearch.search.claims import shared_study
-from archsearch.search.storage import FILE, VARIABLE, address, looked_at
-
-WAIT_S = 60.0
-"""How long SQLite waits for a writer before it gives up, in seconds."""
+from archsearch.search.storage import FILE, VARIABLE, WAIT_S, address, looked_at, reason
 
 
 @contextlib.contextmanager
@@ -30,6 +27,7 @@ def read_only(run: Path) -> Iterator[RDBStorage]:
         StorageError: If it cannot be read.
     """
     path = (run / FILE).resolve()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     if shared_study(run) is not None:
         if (url := address(None)) is None:
             raise UsageError(f"{run}: its study is shared: set ${VARIABLE} to the address of its database")
@@ -39,7 +37,6 @@ def read_only(run: Path) -> Iterator[RDBStorage]:
     if not path.is_file():
         raise UsageError(f"{run}: has no search ({FILE}): give the --out of one")
     place = URL.create("sqlite", database=f"file:{quote(str(path))}", query={"mode": "ro", "uri": "true"})
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     options = {"connect_args": {"timeout": WAIT_S}}
     try:
         storage = RDBStorage(place.render_as_string(), engine_kwargs=options, skip_table_creation=True)
@@ -49,7 +46,7 @@ def read_only(run: Path) -> Iterator[RDBStorage]:
             storage.engine.dispose()
     except (SQLAlchemyError, StorageInternalError) as error:
         raise StorageError(
-            f"{path}: cannot be read as a study ({str(error).splitlines()[0]}); "
+            f"{path}: cannot be read as a study ({reason(error)}); "
             "if a search was killed there, going on with it mends the file"
         ) from error
 
@@ -67,5 +64,5 @@ def reading(run: Path) -> Iterator[optuna.Study]:
         if (shared := shared_study(run)) is not None:
             names = [name for name in names if name == shared]
         if not names:
-            raise StorageError(f"{run / FILE}: holds no study yet: wait until the search has begun")
+            raise StorageError(f"{run}: has no study yet: wait until the search has begun")
         yield optuna.load_study(study_name=names[0], storage=storage)

@@ -103,7 +103,11 @@ class ModelSampler(BaseSampler):
         return int((number + 1) * self._thompson) > int(number * self._thompson)
 
 
-def told(study: optuna.Study) -> tuple[Widths, np.ndarray[Any, np.dtype[np.float64]]]:
+Told = tuple[Widths, np.ndarray[Any, np.dtype[np.float64]]]
+"""Widths ``(N, G)`` of networks, and what they were worth, ``(N,)``."""
+
+
+def told(study: optuna.Study) -> Told:
     """Return the widths ``(N, G)`` and the values ``(N,)`` of all finished trials."""
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     widths = [json.loads(trial.user_attrs[WIDTHS]) for trial in done]

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
@@ -17,9 +16,9 @@ from archsearch.architecture import Architecture
 from archsearch.errors import UsageError
 from archsearch.rebuild import Traced, trace_architecture
 from archsearch.search.export import UNIFORM
-from archsearch.search.overview import FACTS
+from archsearch.search.facts import noise_of, told_by
+from archsearch.search.posterior import Posterior
 from archsearch.search.reading import reading
-from archsearch.search.recommendation import Recommendation
 from archsearch.search.sampler import WIDTHS
 from archsearch.search.study import ORIGIN, counts
 
@@ -35,13 +34,13 @@ class Standing:
         run: Its directory.
         facts: What is searched.
         trials: All of them.
-        recommendation: Of the model, once there is one.
+        posterior: What the model believes, once it was asked.
     """
 
     run: Path
     facts: Mapping[str, Any]
     trials: tuple[FrozenTrial, ...]
-    recommendation: Recommendation | None
+    posterior: Posterior | None
 
     @classmethod
     def read(cls, run: Path) -> Standing:
@@ -51,11 +50,11 @@ class Standing:
             UsageError: If there is no search.
         """
         with reading(run) as study:
-            facts = study.user_attrs.get(FACTS)
+            facts = told_by(study)
             if facts is None:
                 raise UsageError(f"{run}: the search has not begun its trials yet: look again later")
             trials = tuple(study.get_trials(deepcopy=False))
-        return cls(run, facts, trials, Recommendation.read(run))
+        return cls(run, facts, trials, Posterior.read(run))
 
     def status(self) -> Iterable[str]:
         """Yield what a person wants to know, in lines."""
@@ -73,12 +72,8 @@ class Standing:
                 f"highest value: {_value(best):.4g}, trial {best.number} ({best.user_attrs[ORIGIN]}); "
                 "the luckiest of many, not a result"
             )
-        uniform = [_value(t) for t in valued if str(t.user_attrs[ORIGIN]).startswith("uniform")]
-        if len(uniform) > 1:
-            yield (
-                f"noise: {len(uniform)} trainings of uniform widths, mean {fmean(uniform):.4g}, standard "
-                f"deviation {stdev(uniform):.2g}"
-            )
+        if len(valued) > 1:
+            yield noise_of(valued)
         spent = sum(trial.user_attrs.get("seconds", 0.0) for trial in self.trials)
         yield f"training so far: {_time(spent)}"
         left = self._left(done)
@@ -96,15 +91,15 @@ class Standing:
         unit = " points" if self.facts["objective"] != "proxy" else ""
         cost = self._traced(trust_code).cost
         expected = (
-            f"expected gain over uniform widths: {found.gain:+.2f}{unit}, "
-            f"{found.low:+.2f} to {found.high:+.2f} with 95 % by what the model believes; "
+            f"expected gain over uniform widths: {found.gain.mean:+.2f}{unit}, "
+            f"{found.gain.low:+.2f} to {found.gain.high:+.2f} with 95 % by what the model believes; "
             f"noise of a trial {found.noise:.2g}"
         )
         lines = [
             f"not a result: the finals decide. {found.trials} trials have a value by now",
             expected,
-            f"{cost.of(found.widths).macs:,} MACs, {cost.of(found.widths).params:,} parameters",
-            *(f"{name}: {width} of {sizes[name]}" for name, width in found.widths.items()),
+            f"{cost.of(found.recommended).macs:,} MACs, {cost.of(found.recommended).params:,} parameters",
+            *(f"{name}: {width} of {sizes[name]}" for name, width in found.recommended.items()),
         ]
         return "\n".join(lines)
 
@@ -119,7 +114,7 @@ class Standing:
         Raises:
             UsageError: If there is no such trial, or no recommendation yet.
         """
-        widths = self._recommended().widths if trial is None else self._widths(trial)
+        widths = self._recommended().recommended if trial is None else self._widths(trial)
         traced = self._traced(trust_code)
         if 0 in widths.values() and not traced.graph.branches:
             traced = traced.with_branches()
@@ -133,10 +128,10 @@ class Standing:
         architecture.write(path)
         return architecture
 
-    def _recommended(self) -> Recommendation:
-        if self.recommendation is None:
+    def _recommended(self) -> Posterior:
+        if self.posterior is None:
             raise UsageError(f"{self.run}: the model recommends nothing yet: look again after a few trials")
-        return self.recommendation
+        return self.posterior
 
     def _widths(self, number: int) -> dict[str, int]:
         if not 0 <= number < len(self.trials) or WIDTHS not in self.trials[number].user_attrs:

@@ -31,8 +31,14 @@ VARIABLE: Final = "ARCHSEARCH_STORAGE"
 SECRETS: Final = (VARIABLE, "PGPASSWORD", "PGPASSFILE", "PGSSLPASSWORD")
 """Environment variables that no worker needs and none gets."""
 
+QUERY_SECRETS: Final = ("password", "sslpassword")
+"""Parts of an address that are as secret as its password."""
+
 LOCKS: Final = 0x61726368 << 24
 """The first of our advisory locks ("arch" in ASCII), that of the tables; those of the studies follow."""
+
+WAIT_S: Final = 60.0
+"""How long SQLite waits for another process, such as a dashboard that reads, before it gives up."""
 
 RETRY_S: Final = 2.0
 REMIND_S: Final = 60.0
@@ -80,7 +86,7 @@ def address(option: str | None) -> URL | None:
             f"{source}: is {url.get_backend_name()}: several drivers share a PostgreSQL only, "
             "postgresql://USER@HOST:PORT/DATABASE; without it the study is in the run directory"
         )
-    if option and (url.password is not None or "password" in url.query):
+    if option and (url.password is not None or any(name in url.query for name in QUERY_SECRETS)):
         raise UsageError(
             "--storage: has a password, which everybody on this machine sees in the list of processes: "
             f"leave it out and set $PGPASSWORD or ~/.pgpass, or give the whole address as ${VARIABLE}"
@@ -112,13 +118,9 @@ def storage(directory: Path, url: URL | None, say: Say) -> Iterator[RDBStorage]:
 
     Raises:
         UsageError: If the package for PostgreSQL is missing.
-        StorageError: If the server cannot be reached now.
+        StorageError: If the server cannot be reached now, or the file is damaged.
     """
-    if url is None:
-        path = (directory / FILE).resolve()
-        opened: RDBStorage = RDBStorage(URL.create("sqlite", database=str(path)).render_as_string())
-    else:
-        opened = _connected(url, say)
+    opened = _in_file((directory / FILE).resolve()) if url is None else _connected(url, say)
     try:
         yield opened
     finally:
@@ -158,6 +160,17 @@ def _options(url: URL) -> dict[str, Any]:
     }
 
 
+def _in_file(path: Path) -> RDBStorage:
+    address = URL.create("sqlite", database=str(path)).render_as_string()
+    try:
+        return RDBStorage(address, engine_kwargs={"connect_args": {"timeout": WAIT_S}})
+    except (SQLAlchemyError, StorageInternalError) as error:
+        raise StorageError(
+            f"{path}: cannot be opened as a study ({reason(error)}): move this file away; trainings in the "
+            "store are found again by the same command"
+        ) from error
+
+
 def _connected(url: URL, say: Say) -> Patient:
     options = _options(url)
     engine = create_engine(url, **options)
@@ -180,7 +193,7 @@ class Patient(RDBStorage):
 
     A call that the server answered just before it died is done twice. That is harmless: attributes and
     parameters are set to what they are, a second end of a trial is refused, and a trial that was created or
-    started twice has one twin that no driver claims, which ``claims`` clears away.
+    started twice has one twin that no driver claims, which ``claims`` looks after.
 
     Attributes:
         losses: How often the server was lost.
@@ -244,11 +257,11 @@ def _is_lost(error: BaseException) -> bool:
     )
 
 
-def reason(error: BaseException, url: URL) -> str:
+def reason(error: BaseException, url: URL | None = None) -> str:
     """Return an error of the database in one line that holds no password."""
     cause = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error
     words = " ".join(str(cause.orig if isinstance(cause, DBAPIError) else cause).split())
-    secrets = [url.password, *(url.query.get(name) for name in ("password", "sslpassword"))]
+    secrets = [url.password, *(url.query.get(name) for name in QUERY_SECRETS)] if url is not None else []
     for secret in secrets:
         if secret:
             words = words.replace(str(secret), "***")

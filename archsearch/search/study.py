@@ -113,6 +113,7 @@ def joined(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     plain = json.loads(json.dumps(identity))
     with files.lock(directory), storage.storage(directory, url, say) as place:
+        files.sweep(directory)
         study = optuna.create_study(
             study_name=storage.study_name(url, plain),
             storage=place,
@@ -135,15 +136,20 @@ def opened(directory: Path, identity: Mapping[str, Any]) -> Iterator[optuna.Stud
 
 def _check(study: optuna.Study, identity: Mapping[str, Any], where: str) -> None:
     before = study.user_attrs.get(IDENTITY)
-    if before is None:
+    # A search that failed before its first trial may be given again with other settings.
+    if before is None or not study.get_trials(deepcopy=False):
         study.set_user_attr(IDENTITY, dict(identity))
-        return
-    for field in [*identity, *before]:
-        if before.get(field) != identity.get(field):
-            raise IntegrityError(
-                f"{where}: is another search: {field} was {before.get(field)!r} and now is "
-                f"{identity.get(field)!r}; give another --out, or delete this study"
-            )
+    elif (found := _difference(before, identity)) is not None:
+        raise IntegrityError(f"{where}: is another search: {found}; give another --out, or delete this study")
+
+
+def _difference(before: Any, now: Any, field: str = "") -> str | None:
+    """Return the first field that differs, as deep in mappings as it is, with both values."""
+    if not isinstance(before, Mapping) or not isinstance(now, Mapping):
+        return None if before == now else f"{field} was {before!r} and now is {now!r}"
+    fields = {name: f"{field}.{name}" if field else name for name in [*now, *before]}
+    found = (_difference(before.get(name), now.get(name), each) for name, each in fields.items())
+    return next(filter(None, found), None)
 
 
 def finished(study: optuna.Study) -> int:
@@ -154,7 +160,7 @@ def finished(study: optuna.Study) -> int:
 def counts(trial: FrozenTrial) -> bool:
     """Return whether a trial has ended and is one of those asked for.
 
-    One that failed without a reason is the remainder of a driver that was killed before it had any widths.
+    One that failed without a reason is the remainder of a driver that was killed before it had claimed it.
     """
     if trial.state == TrialState.FAIL:
         return any(reason in trial.user_attrs for reason in REASONS)

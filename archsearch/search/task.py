@@ -205,6 +205,8 @@ def write_progress(directory: Path, history: Iterable[Row], epochs: int) -> None
 def read_progress(directory: Path) -> Mapping[int, float]:
     """Return the accuracies so far by percent of the schedule, rising.
 
+    Of several epochs in one percent the first counts, so that nothing depends on when somebody looks.
+
     Raises:
         IntegrityError: If the file is not what a worker writes.
     """
@@ -213,11 +215,13 @@ def read_progress(directory: Path) -> Mapping[int, float]:
         return {}
     try:
         rows = [json.loads(line) for line in files.read_text(path, 2**20, IntegrityError).splitlines()]
-        return {int(row["percent"]): float(row["accuracy"]) for row in rows}
+        # The last one of equal keys stays.
+        found = {int(row["percent"]): float(row["accuracy"]) for row in reversed(rows)}
+        return dict(sorted(found.items()))
     except (ValueError, KeyError, TypeError) as error:
         raise IntegrityError(f"{files.named(path)}: is not a task's progress: delete it") from error
 
 
 def percent(epoch: int, epochs: int) -> int:
-    """Return which share of a schedule has passed after an epoch, in whole percent."""
-    return round(100 * epoch / epochs)
+    """Return which share of a schedule has passed after an epoch, in whole percent; all of it is 100."""
+    return 100 * epoch // epochs

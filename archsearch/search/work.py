@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from archsearch.errors import DivergedError
+from archsearch import errors, files
+from archsearch.errors import ArchsearchError, DivergedError
 from archsearch.search.engines import Engine
 from archsearch.search.task import PROGRESS, RESULT, STOP, TASK, Result, Task, read_progress
 from archsearch.trainer import Say
@@ -40,6 +41,18 @@ class Finding:
     reason: tuple[str, str] | None = None
     kind: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def shared(self) -> ArchsearchError | None:
+        """Return an error of ours again: it says what is wrong with the run, not with one network."""
+        if self.reason is None or self.reason[0] != "error":
+            return None
+        kind = getattr(errors, self.kind, None) if self.kind else None
+        if not isinstance(kind, type) or not issubclass(kind, ArchsearchError):
+            return None
+        # Some are made from more than a message; the kind that they are of is not.
+        plain = next(each for each in kind.__mro__ if "__init__" not in vars(each))
+        error: ArchsearchError = plain(self.reason[1])
+        return error
 
 
 class Work(Protocol):
@@ -136,14 +149,18 @@ class Tasks:
         """Submit the trial's task, unless its result is there already.
 
         What an earlier driver left there counts if it is of the same training, and a task that ended with an
-        error is done again: the reason may be gone.
+        error is done again: the reason may be gone. A worker that is still at another training is ended.
         """
         place, task = task_directory(self._directory, number), self._task(widths, seed)
         before = Task.read(place) if (place / TASK).exists() else None
+        if before is not None:
+            files.sweep(place)  # a worker may have been killed while it wrote
         same = before is not None and _training(before) == _training(task)
         result = Result.read(place)
         if same and result is not None and result.error is None:
             return
+        if before is not None and not same:
+            self._engine.cancel(place)
         (place / RESULT).unlink(missing_ok=True)
         if not same:
             for name in (PROGRESS, STOP):

@@ -74,7 +74,7 @@ class Workshop:
         except PreemptedError:
             raise
         except Exception as error:
-            text = str(error) or "no message"
+            text = str(error)[:10_000] or "no message"
             result = Result(error=text, kind=type(error).__name__, traceback=traceback.format_exc()[-20_000:])
         if is_main():
             result.write(directory)

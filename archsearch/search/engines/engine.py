@@ -37,7 +37,7 @@ class Engine(Protocol):
         """
 
     def cancel(self, task: Path) -> None:
-        """End a task at once; one that ended already, or is unknown, stays as it is.
+        """End a task at once, whichever driver submitted it; one that ended already stays as it is.
 
         The driver ends a task gently by a file ``stop`` in its directory, which workers look for.
         """

@@ -15,8 +15,10 @@ from pathlib import Path
 
 import torch
 
+from archsearch import files
 from archsearch.errors import UsageError
 from archsearch.search.engines.engine import Order
+from archsearch.search.storage import hidden
 from archsearch.search.task import RESULT
 from archsearch.training.evaluation import resolve_device
 
@@ -94,6 +96,7 @@ class _Worker:
 
     def __init__(self, number: int, command: Sequence[str], threads: int, gpu: str | None) -> None:
         self._number, self._command = number, list(command)
+        self._log: Path | None = None
         self._changes = {"OMP_NUM_THREADS": str(threads)}
         if gpu is not None:
             self._changes["CUDA_VISIBLE_DEVICES"] = gpu
@@ -104,7 +107,8 @@ class _Worker:
         """Start a task."""
         self.task = task
         if self._process is None or self._process.poll() is not None:
-            self._start(task.parent / f"worker-{self._number}.log")
+            self._log = task.parent / f"worker-{self._number}.log"
+            self._start(self._log)
         self._write(f"{task}\n")
 
     def ended(self) -> str | None:
@@ -114,7 +118,8 @@ class _Worker:
         code = self._process.poll() if self._process is not None else 0
         if code is None:
             return None
-        return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        ending = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        return f"{ending} (see {files.named(self._log)})" if self._log is not None else ending
 
     def kill(self) -> None:
         """End it at once."""
@@ -138,7 +143,7 @@ class _Worker:
 
     def _start(self, log: Path) -> None:
         self.dismiss()
-        with log.open("ab") as output:
+        with log.open("ab") as output, hidden():  # the environment is copied when the worker starts
             # A session of its own: Ctrl-C is the driver's, who then closes the pipe.
             self._process = subprocess.Popen(  # noqa: S603  our own module, and no user text
                 self._command,

@@ -11,6 +11,7 @@ by submitit under the same number.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -88,12 +89,14 @@ class SlurmEngine:
 
     def cancel(self, task: Path) -> None:
         """Take the job out of the queue, or kill it."""
-        job = self._jobs.get(task)
+        job = self._jobs.get(task) or self._found(task)
         if job is not None and self._is_alive(job):
             if self._cluster == "local":
-                os.kill(int(job.job_id), signal.SIGINT)
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                    os.kill(int(job.job_id), signal.SIGINT)
             else:
                 job.cancel(check=False)
+        (task / JOB).unlink(missing_ok=True)  # SLURM may call it alive for a while
 
     def close(self) -> None:
         """Cancel what is in the queue or running; checkpoints stay."""

@@ -1,0 +1,34 @@
+"""The widths that a search is compared with, uniform ones aside: what a pruner finds at the same targets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from archsearch.allocation import LeastError
+from archsearch.pipeline import widths_by
+from archsearch.plan import Plan
+from archsearch.search.study import Surface
+from archsearch.search.worth import Worth
+
+
+def baseline(
+    name: str, worth: Worth, surface: Surface, plan: Plan, weights: str | None, trained: bool
+) -> Mapping[str, int]:
+    """Return the widths of a method at the targets of a search.
+
+    Args:
+        name: ``NAME`` for the allocation of its paper, or ``NAME:ALLOCATION``.
+        worth: Has the reference.
+        surface: What widths are allowed.
+        plan: Of the search.
+        weights: File with the reference's weights, if it is not trained.
+        trained: Whether the weights of the reference, as it is, are trained ones.
+    """
+    method, _, allocation = name.partition(":")
+    if (method, allocation) == (plan.method, "knapsack"):
+        # The curves that the search may start from, which are known already.
+        return LeastError().widths(worth.traced.cost, worth.reference.curves, surface.allowed, plan.targets)
+    options = plan.options if method == plan.method else {}
+    asked = replace(plan, method=method, allocation=allocation or None, options=options)
+    return widths_by(worth.traced, asked, worth.blind, weights=weights, trained=trained, say=worth.say)
