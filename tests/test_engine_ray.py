@@ -13,7 +13,7 @@ from engine_case import accuracy_of, by_hand, epochs, until, write_task
 from archsearch.errors import StorageError, UsageError
 from archsearch.search.crew import Crew
 from archsearch.search.engines import ENGINES, Order
-from archsearch.search.engines.ray import RayEngine
+from archsearch.search.engines.ray import RayEngine, same_sigterm
 
 ray = pytest.importorskip("ray", reason="the extra 'ray' is not installed")
 # Ray keeps sockets and child processes until its interpreter ends.
@@ -104,13 +104,23 @@ def test_an_address_where_no_cluster_answers_is_told(monkeypatch: pytest.MonkeyP
         ENGINES["ray"](order(address="auto"))
 
 
+def test_a_new_ray_does_not_change_what_happens_at_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**options: object) -> None:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+
+    monkeypatch.setattr(ray, "init", init)
+    before = signal.getsignal(signal.SIGTERM)
+    ENGINES["ray"](order())
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 # --------------------------------------------------------------------------------------- a Ray of one node
 
 
 @pytest.fixture(scope="module", autouse=True)
 def awake() -> Iterator[None]:
     """Keep Ray from giving way to all other processes: on a busy machine its workers would hardly start."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, same_sigterm():
         patch.setenv("RAY_worker_niceness", "0")
         yield
 

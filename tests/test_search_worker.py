@@ -165,7 +165,7 @@ def test_a_worker_waits_for_a_training_that_another_process_has(
     asked = threading.Event()
     with files.lock(trainings(tmp_path)[0]):
         Workshop().do(second)
-        assert result_of(second).kind == "StorageError"
+        assert result_of(second).kind == "InUseError"
         (second / "result.json").unlink()
         monkeypatch.setattr("archsearch.trainer.time.sleep", lambda seconds: asked.set())
         waiting = threading.Thread(target=Workshop(waits=True).do, args=[second])

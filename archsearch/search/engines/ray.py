@@ -6,8 +6,11 @@ what was lost is the driver's to start again, who counts and says so.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +50,7 @@ class RayEngine:
         self._is_mine = not self._ray.is_initialized()
         if self._is_mine:
             try:
-                with hidden():  # the workers of a new Ray inherit this environment
+                with hidden(), same_sigterm():  # the workers of a new Ray inherit this environment
                     self._ray.init(address=address, **options)
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise StorageError(
@@ -104,3 +107,16 @@ def _imported() -> Any:
 
 def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")[:200]
+
+
+@contextlib.contextmanager
+def same_sigterm() -> Iterator[None]:
+    """Keep what this process does at SIGTERM: a new Ray would have it end on the spot, with nothing saved."""
+    if threading.current_thread() is not threading.main_thread():  # where handlers cannot be set
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
