@@ -37,7 +37,7 @@ from archsearch.targets import Target
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 SPACES = sorted((ROOT / "search_spaces").glob("*.yaml"))
-OTHER_TOOLS = {"--all", "--num_processes", "--nproc_per_node"}
+OTHER_TOOLS = {"--all", "--num_processes", "--nproc_per_node", "--system"}
 
 Block = tuple[str, str, str]
 """Where a fenced block stands, its language and its text."""
