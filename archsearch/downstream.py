@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
 from archsearch.architecture import Architecture
 from archsearch.data import DataSource
 from archsearch.errors import UsageError
@@ -16,7 +14,7 @@ from archsearch.results import Arm, Record, environment, recipe_facts
 from archsearch.tensor_files import write_tensors
 from archsearch.trainer import Say, Trainer, arm_of, check_classes, is_main
 from archsearch.training.callbacks import Callback
-from archsearch.training.determinism import derive_seed
+from archsearch.training.determinism import stream
 from archsearch.training.evaluation import Evaluation, evaluate, resolve_device
 
 
@@ -79,8 +77,7 @@ def train_architecture(
     trainer = Trainer(data, device, store, say, callbacks)
     results = []
     for number in range(seed, seed + seeds):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(number, "weights"))
+        with stream(number, "weights"):
             model = build_fresh(traced, architecture)
         if weights is not None:
             load_weights(model, weights)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from archsearch import files
@@ -27,7 +26,7 @@ from archsearch.results import Arm, Record
 from archsearch.targets import Target
 from archsearch.tensor_files import write_tensors
 from archsearch.trainer import Say, Trained, Trainer, arm_of, is_main
-from archsearch.training.determinism import derive_seed
+from archsearch.training.determinism import stream
 from archsearch.training.evaluation import evaluate
 
 
@@ -281,8 +280,7 @@ class _Search:
         return self._trainer.train(label, model, recipe, seed, **how)
 
     def _fresh(self, widths: Mapping[str, int], seed: int, selection: Selection | None = None) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(seed, "weights"))
+        with stream(seed, "weights"):
             model, sliced = self._traced.fresh(widths, selection)
         if sliced and seed == self._plan.seed:
             self._say(

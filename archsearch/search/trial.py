@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import torch
 from torch import nn
 
 from archsearch.errors import UsageError
 from archsearch.rebuild import Traced
 from archsearch.recipe import BUDGETS, Recipe
 from archsearch.trainer import Trained, Trainer
-from archsearch.training.determinism import derive_seed
+from archsearch.training.determinism import stream
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,5 @@ class Scratch:
 
 def fresh(traced: Traced, widths: Mapping[str, int], seed: int) -> nn.Module:
     """Return a network with the fresh weights that belong to a seed, as everywhere in archsearch."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "weights"))
+    with stream(seed, "weights"):
         return traced.fresh(widths)[0]

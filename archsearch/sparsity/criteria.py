@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from archsearch.errors import UsageError
 from archsearch.registry import Registry
 from archsearch.sparsity.masks import Masks
-from archsearch.training.determinism import derive_seed
+from archsearch.training.determinism import derive_seed, stream
 from archsearch.training.evaluation import main_output
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
@@ -82,8 +82,7 @@ class Snip:
         images, labels = batch
         twin = copy.deepcopy(model).cpu().train().requires_grad_(True)
         parameters = dict(twin.named_parameters())
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(seed, "snip"))  # for dropout
+        with stream(seed, "snip"):  # for dropout
             loss = F.cross_entropy(main_output(twin(images.cpu())), labels.cpu())
             used = torch.autograd.grad(loss, [parameters[name] for name in names], materialize_grads=True)
         return {

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from archsearch.errors import UsageError
@@ -16,7 +15,7 @@ from archsearch.sparsity.criteria import Batch
 from archsearch.sparsity.masks import MaskedTraining, Masks
 from archsearch.trainer import Say, Trained, Trainer
 from archsearch.training.callbacks import Callback
-from archsearch.training.determinism import derive_seed
+from archsearch.training.determinism import derive_seed, stream
 from archsearch.training.evaluation import evaluate
 
 
@@ -40,16 +39,12 @@ class Runs:
 
     def fresh(self, seed: int) -> nn.Module:
         """Return the reference with fresh weights, those that ``find`` trains."""
-        return self._drawn(seed, "weights", lambda: self.traced.fresh(self.traced.graph.sizes)[0])
+        with stream(seed, "weights"):
+            return self.traced.fresh(self.traced.graph.sizes)[0]
 
     def drawn(self, seed: int, draw: Callable[[], nn.Module]) -> nn.Module:
         """Return the network that ``draw`` makes from a random state that ``fresh`` does not use."""
-        return self._drawn(seed, "weights again", draw)
-
-    @staticmethod
-    def _drawn(seed: int, stream: str, draw: Callable[[], nn.Module]) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(seed, stream))
+        with stream(seed, "weights again"):
             return draw()
 
     def train(

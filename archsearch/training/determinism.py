@@ -24,6 +24,14 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+@contextmanager
+def stream(*parts: int | str) -> Iterator[None]:
+    """Draw torch's numbers on the CPU from the stream of these parts; afterwards the old one goes on."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(*parts))
+        yield
+
+
 def seed_globals(seed: int) -> None:
     """Set the global generators of Python, NumPy and torch, which dropout and its like draw from."""
     random.seed(seed)
