@@ -97,7 +97,7 @@ class Trainer:
             identity: What these callbacks do to the training, as plain values; part of its address.
             start_step: As for ``training.train``.
         """
-        facts = describe(model, recipe, seed, resolve_device(self.device), _processes())
+        facts = describe(model, recipe, seed, resolve_device(self.device), processes())
         identity = {"data": self.data.fingerprint, **(identity or {})}
         facts |= {"start step": start_step} if start_step else {}
         directory = self.store / "trainings" / _key({**facts, **identity})
@@ -146,8 +146,8 @@ class Trainer:
 
     def steps_per_epoch(self, recipe: Recipe) -> int:
         """Return how many steps an epoch of a training takes."""
-        processes = _processes()
-        return self.data.train.num_batches(recipe.batch_size // processes, world_size=processes)
+        joint = processes()
+        return self.data.train.num_batches(recipe.batch_size // joint, world_size=joint)
 
     def calibration(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Return batches of the train split as they are, always the same, for methods that look at images."""
@@ -211,7 +211,8 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _processes() -> int:
+def processes() -> int:
+    """Return how many processes train together."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

@@ -61,7 +61,8 @@ def test_no_widths_of_a_chain_beat_uniform_ones_and_a_square_root_would_prefer_o
     allowed = SearchSpace(ignore=["features.conv3", "features.conv4", "fc*"]).allowed(traced.graph)
     names = [name for name in allowed if len(allowed[name]) > 1]
     uniform = uniform_widths(traced.cost, allowed, HALF)
-    prior, weight = uniform_prior(traced.cost, allowed, HALF), carried(traced.cost, allowed, HALF)
+    weight = carried(traced.cost, allowed, HALF)
+    prior = uniform_prior(traced.cost, weight)
     every = np.array(list(product(*(allowed[name].tolist() for name in names))))
     widths = np.repeat(traced.cost.sizes[None], len(every), axis=0)
     columns = [traced.cost.names.index(name) for name in names]

@@ -86,10 +86,10 @@ class AdditiveModel:
         self.free = [
             column for column, name in enumerate(cost.names) if len(allowed[name]) > 1 and name in groups
         ]
-        believed = uniform_prior(cost, allowed, targets) if proxy is None else proxy
+        part = carried(cost, allowed, targets)
+        believed = uniform_prior(cost, part) if proxy is None else proxy
         proxies = [_tied_utility(believed, allowed, groups[cost.names[c]]) for c in self.free]
         typical = float(np.mean([curve.max(initial=0.0) for curve in proxies] or [1.0])) or 1.0
-        part = carried(cost, allowed, targets)
         parts = [sum(part[name] for name in groups[cost.names[c]]) for c in self.free]
         shapes = [_shapes(allowed[cost.names[column]], int(cost.sizes[column])) for column in self.free]
         # One array a group, (size + 1, 4): the proxy and the three shapes at each width.

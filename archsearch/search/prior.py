@@ -58,10 +58,15 @@ def carried(cost: CostModel, allowed: Mapping[str, Widths], targets: Sequence[Ta
     return {name: max(float(share) / typical, LEAST) for name, share in zip(cost.names, shares, strict=True)}
 
 
-def uniform_prior(cost: CostModel, allowed: Mapping[str, Widths], targets: Sequence[Target]) -> Curves:
-    """Return error curves for which uniform widths are the best; arguments and errors as for ``carried``."""
-    found = {}
-    for name, weight in carried(cost, allowed, targets).items():
-        size = cost.mapping(cost.sizes)[name]
-        found[name] = -weight * np.log(np.maximum(np.arange(size + 1), 0.5) / size)
-    return found
+def uniform_prior(cost: CostModel, parts: Mapping[str, float]) -> Curves:
+    """Return error curves for which uniform widths are the best.
+
+    Args:
+        cost: The costs as functions of the widths.
+        parts: How much each group carries at uniform widths, as ``carried`` says.
+    """
+    sizes = cost.mapping(cost.sizes)
+    return {
+        name: -part * np.log(np.maximum(np.arange(sizes[name] + 1), 0.5) / sizes[name])
+        for name, part in parts.items()
+    }

@@ -31,7 +31,7 @@ from archsearch.search.task import (
     write_progress,
 )
 from archsearch.search.trial import fresh
-from archsearch.trainer import Trained, Trainer, is_main
+from archsearch.trainer import Trained, Trainer, is_main, processes
 from archsearch.training.callbacks import Callback, State
 
 
@@ -143,7 +143,7 @@ class _Report(Callback):
     def __init__(self, directory: Path, watch: Callable[[Path], object]) -> None:
         self._directory, self._watch = directory, watch
         # The processes of one training would see the file at different steps.
-        self._alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+        self._alone = processes() == 1
 
     def on_start(self, state: State) -> None:
         """Write the epochs of a training that goes on."""
