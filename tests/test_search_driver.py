@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from archsearch.search.study import ORIGIN, SEED, finished, opened
 from archsearch.targets import Target
 from archsearch.trainer import Trainer
 from archsearch.training.callbacks import Callback
+
+pytestmark = pytest.mark.usefixtures("without_pictures")
 
 TRIALS = 7
 
@@ -56,15 +58,6 @@ def trials(directory: Path) -> list[dict[str, Any]]:
     found = [{**trial.user_attrs, "state": trial.state.name, "value": trial.value} for trial in study.trials]
     storage.engine.dispose()
     return found
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _without_pictures() -> Iterator[None]:
-    """Pictures have tests of their own, and take longer than these trainings."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("archsearch.search.driver.missing", lambda: "not drawn in these tests")
-        patch.setattr("archsearch.search.driver.annotate_trial", lambda *given: None)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,8 @@ from archsearch.search.standing import Standing
 from archsearch.targets import Target
 from archsearch.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 TRIALS = 8
 
 
@@ -58,15 +59,6 @@ def asked(directory: Path, **changes: Any) -> dict[str, Any]:
         "device": "cpu",
     }
     return {**given, **changes}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _without_pictures() -> Iterator[None]:
-    """Pictures have tests of their own, and take longer than these trainings."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("archsearch.search.driver.missing", lambda: "not drawn in these tests")
-        patch.setattr("archsearch.search.driver.annotate_trial", lambda *given: None)
-        yield
 
 
 @pytest.fixture(scope="module")

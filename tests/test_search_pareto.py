@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +31,9 @@ from archsearch.space import SearchSpace
 from archsearch.targets import Target
 from archsearch.training.callbacks import Callback
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 TARGETS = [0.3, "60%"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _without_pictures() -> Iterator[None]:
-    """Pictures of the searches have tests of their own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("archsearch.search.driver.missing", lambda: "not drawn in these tests")
-        patch.setattr("archsearch.search.driver.annotate_trial", lambda *given: None)
-        yield
 
 
 def along(directory: Path, **changes: Any) -> Front:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from find_case import ENVIRONMENT, FACTORY
 
 from archsearch import files
@@ -23,18 +22,12 @@ from archsearch.search.trial import Scratch
 from archsearch.search.worker import Workshop
 from archsearch.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OPTIONS = {"train_share": 0.1}
 RECIPE = Recipe(lr=0.05, batch_size=32, epochs=2, schedule="cosine")
 WIDTHS = {"conv1": 5, "conv2": 9}
 TRACED = trace_source(resolve(FACTORY, trust_code=True), {"in_channels": 1, "num_classes": 10}, (1, 8, 8))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def write_task(directory: Path, **changes: Any) -> Path:

@@ -32,16 +32,10 @@ from archsearch.training.determinism import derive_seed
 from archsearch.training.evaluation import evaluate, resolve_device
 from archsearch.training.loop import train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 SCRIPT = str(Path(case.__file__))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> object:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
