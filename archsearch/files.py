@@ -193,6 +193,11 @@ def opened(path: Location, kind: type[ArchsearchError] = SpecError) -> Iterator[
         raise kind(f"{named(path)}: cannot be read: {_reason(error)}") from error
 
 
+def plain(text: str) -> str:
+    """Return a text as the name of a file: letters, digits, points, underscores, and hyphens for the rest."""
+    return "".join(c if c.isalnum() or c in "._" else "-" for c in text)
+
+
 def read_bytes(path: Location, limit: int, kind: type[ArchsearchError] = SpecError) -> bytes:
     """Read a regular file of at most ``limit`` bytes.
 

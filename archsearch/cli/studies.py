@@ -77,4 +77,6 @@ def conditions(
 
 def run_directory(name: str) -> Path:
     """Return the directory of a run's results where none is given."""
-    return Path("runs") / "".join(c if c.isalnum() or c in "._-" else "-" for c in name)
+    from archsearch import files
+
+    return Path("runs") / files.plain(name)

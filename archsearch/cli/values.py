@@ -166,13 +166,15 @@ def split_pairs(pairs: Sequence[str], option: str) -> dict[str, str]:
 
 def run_name(options: argparse.Namespace, data: str | None, what: str) -> str:
     """Return a directory name that says what the run is."""
+    from archsearch import files
+
     target = getattr(options, "preset", None) or "-".join(
         f"{name}-{getattr(options, name)}"
         for name in ("flops", "params", "memory", "channels", "latency")
         if getattr(options, name, None)
     )
     parts = [options.model or "", data or "", what, target]
-    return "-".join("".join(c if c.isalnum() or c in "._" else "-" for c in part) for part in parts if part)
+    return "-".join(files.plain(part) for part in parts if part)
 
 
 def command_line(words: Sequence[str]) -> str:

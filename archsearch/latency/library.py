@@ -47,7 +47,7 @@ def own_table(
     words = [traced.name, settings.runtime, settings.device, f"b{settings.batch}", settings.dtype]
     words += [f"by{settings.round_to}"] if settings.round_to is not None else []
     name = "-".join(words)
-    home = directory / f"{''.join(c if c.isalnum() or c in '._-' else '-' for c in name)}-{subject.key[:12]}"
+    home = directory / f"{files.plain(name)}-{subject.key[:12]}"
     path = home / TABLE
     if path.exists():
         say(f"latency: by {path}")

@@ -27,7 +27,7 @@ from archsearch.search.overview import Overview, unit
 from archsearch.search.sampler import WIDTHS
 from archsearch.search.sketches import draw_training, draw_trial_widths
 from archsearch.search.task import TASK, Result, Task
-from archsearch.search.work import task_directory
+from archsearch.search.work import TASKS, task_directory
 
 DIRECTORY = "artifacts"
 FIGURES = ("accuracy", "finals", "widths", "utility", "keeps")
@@ -77,7 +77,7 @@ def annotate_trial(study: optuna.Study, run: Path, number: int) -> None:
     groups = [(str(name), int(size)) for name, size in facts["groups"]]
     widths = json.loads(trial.user_attrs[WIDTHS])
     _write_note(study, trial, of_trial(trial, facts, widths))
-    task = task_directory(run / "tasks", number)
+    task = task_directory(run / TASKS, number)
     if not (task / TASK).exists():
         return
     with tempfile.TemporaryDirectory(dir=run, prefix=".artifacts-") as temporary:

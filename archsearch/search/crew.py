@@ -16,7 +16,7 @@ from archsearch.rebuild import Traced
 from archsearch.search.engines import ENGINES, Order
 from archsearch.search.task import Data, Task
 from archsearch.search.trial import Scratch
-from archsearch.search.work import Tasks
+from archsearch.search.work import TASKS, Tasks
 from archsearch.search.worker import Workshop
 from archsearch.trainer import Say, Trainer
 
@@ -27,9 +27,6 @@ OPTIONS = {
     "slurm": ["slurm"],
 }
 """The settings of our engines, and whose they are."""
-
-TASKS = "tasks"
-"""The directory of all tasks in that of a run."""
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def exported(
 
 def finalist_file(name: str) -> str:
     """Return where in a run directory the architecture file of a finalist is."""
-    return f"{FINALISTS}/{''.join(c if c.isalnum() or c in '._' else '-' for c in name)}.yaml"
+    return f"{FINALISTS}/{files.plain(name)}.yaml"
 
 
 def write_finalist(traced: Traced, name: str, widths: Mapping[str, int], out: Path) -> tuple[Path, str]:

@@ -10,7 +10,7 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from archsearch.search.quest import Quest
-from archsearch.search.study import ORIGIN, Surface
+from archsearch.search.study import Surface, is_uniform
 
 FACTS = "facts"
 """The user attribute of the study."""
@@ -81,11 +81,7 @@ def facts_of_trials(study: optuna.Study, quest: Quest, noise: float) -> dict[str
 
 def noise_of(trials: Iterable[FrozenTrial]) -> str:
     """Return how much the trainings of uniform widths differ by their seeds alone."""
-    values = [
-        trial.value
-        for trial in trials
-        if str(trial.user_attrs.get(ORIGIN, "")).startswith("uniform") and trial.value is not None
-    ]
+    values = [trial.value for trial in trials if is_uniform(trial) and trial.value is not None]
     if len(values) < 2:
         return "noise: not known, as fewer than two trainings of uniform widths have a value"
     return (

@@ -13,7 +13,7 @@ class Objective:
 
     Attributes:
         about: One line for people.
-        unit: Of its values, for tables.
+        unit: What its values are, for axes and notes.
         trains: Whether networks are trained for it.
     """
 
@@ -24,18 +24,25 @@ class Objective:
 
 OBJECTIVES: Registry[Objective] = Registry("objective")
 
-_PERCENT = "validation accuracy in percent"
 OBJECTIVES.register("proxy")(
-    Objective("minus the error that the proxy's curves say; nothing is trained", "minus the error", False)
+    Objective(
+        "minus the error that the proxy's curves say; nothing is trained", "proxy: minus its error", False
+    )
 )
 OBJECTIVES.register("inherit")(
     Objective(
         "the reference's weights in the units that the proxy's pruner keeps, batch norms recalibrated",
-        _PERCENT,
+        "validation accuracy, inherited weights, %",
         False,
     )
 )
 OBJECTIVES.register("short")(
-    Objective("trained from scratch for a share of the epochs (--short)", _PERCENT, True)
+    Objective(
+        "trained from scratch for a share of the epochs (--short)",
+        "validation accuracy (short training), %",
+        True,
+    )
 )
-OBJECTIVES.register("full")(Objective("trained from scratch as long as the finals", _PERCENT, True))
+OBJECTIVES.register("full")(
+    Objective("trained from scratch as long as the finals", "validation accuracy (full training), %", True)
+)

@@ -19,17 +19,13 @@ from archsearch import files
 from archsearch.errors import IntegrityError
 from archsearch.results import Arm
 from archsearch.search.facts import FACTS, told_by
+from archsearch.search.objectives import OBJECTIVES
 from archsearch.search.posterior import Posterior
 from archsearch.search.reading import reading
 from archsearch.search.sampler import WIDTHS
+from archsearch.search.study import ORIGIN, UNIFORM, is_chosen, is_uniform
 
 Floats = npt.NDArray[np.float64]
-
-UNIFORM = "uniform"
-"""The origin of uniform widths; those with further seeds have an origin that begins so."""
-
-UNITS = {"proxy": "proxy: minus its error", "inherit": "validation accuracy, inherited weights, %"}
-
 
 MOST = 30
 """So many groups have a utility curve or an importance that is shown."""
@@ -166,8 +162,8 @@ class Overview:
         found: dict[str, list[FrozenTrial]] = {}
         for trial in self.trials:
             if not is_chosen(trial):
-                origin = str(trial.user_attrs.get("origin", ""))
-                found.setdefault(UNIFORM if origin.startswith(UNIFORM) else origin, []).append(trial)
+                name = UNIFORM if is_uniform(trial) else str(trial.user_attrs.get(ORIGIN, ""))
+                found.setdefault(name, []).append(trial)
         return [Origin(name, trials) for name, trials in found.items()]
 
     @property
@@ -241,13 +237,7 @@ class Overview:
 
 def unit(facts: Mapping[str, Any]) -> str:
     """Return what a trial's value is, for an axis."""
-    objective = str(facts.get("objective", ""))
-    return UNITS.get(objective, f"validation accuracy ({objective} training), %")
-
-
-def is_chosen(trial: FrozenTrial) -> bool:
-    """Return whether a sampler chose the point of a trial, not somebody who enqueued it."""
-    return str(trial.user_attrs.get("origin", "")).endswith("Sampler")
+    return OBJECTIVES[str(facts["objective"])].unit
 
 
 def _arms(path: Path) -> list[Arm]:

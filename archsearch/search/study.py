@@ -32,6 +32,9 @@ from archsearch.targets import Target
 from archsearch.trainer import Say
 
 ORIGIN, SEED, IDENTITY = "origin", "seed", "identity"
+UNIFORM = "uniform"
+"""The origin of uniform widths; those with further seeds have an origin that begins so."""
+
 REASONS = ("diverged", "error", "lost")
 """The user attributes that say why a trial ended without a value."""
 
@@ -150,6 +153,16 @@ def _difference(before: Any, now: Any, field: str = "") -> str | None:
     fields = {name: f"{field}.{name}" if field else name for name in [*now, *before]}
     found = (_difference(before.get(name), now.get(name), each) for name, each in fields.items())
     return next(filter(None, found), None)
+
+
+def is_uniform(trial: FrozenTrial) -> bool:
+    """Return whether a trial is one of uniform widths, which show the noise."""
+    return str(trial.user_attrs.get(ORIGIN, "")).startswith(UNIFORM)
+
+
+def is_chosen(trial: FrozenTrial) -> bool:
+    """Return whether a sampler chose the point of a trial, not somebody who enqueued it."""
+    return str(trial.user_attrs.get(ORIGIN, "")).endswith("Sampler")
 
 
 def finished(study: optuna.Study) -> int:

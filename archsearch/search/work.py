@@ -16,6 +16,9 @@ from archsearch.trainer import Say
 LOSSES = 3
 """How often a task is started again that is lost without one more epoch."""
 
+TASKS = "tasks"
+"""The directory of all tasks in that of a run."""
+
 Value = Callable[[Mapping[str, int], int], float]
 """Returns what widths are worth, given a seed; larger is better."""
 

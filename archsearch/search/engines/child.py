@@ -71,9 +71,7 @@ class Child:
         while not self._has_ended():
             time.sleep(POLL_S)
         code = self._process.wait()
-        if code == 0:
-            return ""
-        return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        return "" if code == 0 else ending(code)
 
     def leave(self) -> None:
         """Have the worker write a checkpoint and end; may be called from a signal's handler."""
@@ -96,6 +94,11 @@ class Child:
         if not self._has_ended():
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, number)
+
+
+def ending(code: int) -> str:
+    """Return how a process with an exit code of ``subprocess`` died."""
+    return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
 
 
 def command(task: Path, processes: int) -> list[str]:

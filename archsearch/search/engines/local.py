@@ -17,12 +17,13 @@ import torch
 
 from archsearch import files
 from archsearch.errors import UsageError
+from archsearch.search.engines.child import WORKER, ending
 from archsearch.search.engines.engine import Order
 from archsearch.search.storage import hidden
 from archsearch.search.task import RESULT
 from archsearch.training.evaluation import resolve_device
 
-COMMAND = (sys.executable, "-m", "archsearch.search.worker")
+COMMAND = (sys.executable, "-m", WORKER)
 CLOSE_S = 30.0
 """How long a worker may take for its last checkpoint."""
 
@@ -118,8 +119,8 @@ class _Worker:
         code = self._process.poll() if self._process is not None else 0
         if code is None:
             return None
-        ending = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        return f"{ending} (see {files.named(self._log)})" if self._log is not None else ending
+        died = ending(code)
+        return f"{died} (see {files.named(self._log)})" if self._log is not None else died
 
     def kill(self) -> None:
         """End it at once."""
