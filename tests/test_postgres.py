@@ -19,7 +19,7 @@ from optuna.storages import RDBStorage
 from optuna.storages._cached_storage import _CachedStorage
 from optuna.trial import TrialState
 from postgres_case import PASSWORD, QUOTED, Server, free_port, running_server
-from sqlalchemy import text
+from sqlalchemy import Connection, event, text
 from sqlalchemy.exc import OperationalError
 
 from archsearch.errors import StorageError, UsageError
@@ -341,6 +341,26 @@ def test_a_trial_that_was_asked_for_while_the_lock_was_lost_is_given_back(
     assert trial is not None
     assert [t.state for t in driver.trials()] == [TrialState.FAIL, TrialState.RUNNING]
     assert trial.number == 1
+
+
+def test_trials_are_read_though_the_connection_dies_in_the_middle_of_reading(
+    server: Server, stack: ExitStack
+) -> None:
+    driver = Driver(stack, "reader", "middle")
+    assert driver.claims.ask(lambda: True) is not None
+    engine = driver.storage.engine
+    killed = []
+
+    def kill(connection: Connection, _cursor: object, statement: str, *_rest: object) -> None:
+        if not killed and "FROM trial_user_attributes" in statement:
+            killed.append(connection.connection.driver_connection.info.backend_pid)
+            with engine.connect() as other:
+                other.execute(text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": killed[0]})
+
+    event.listen(engine, "before_cursor_execute", kill)
+    assert len(driver.trials()) == 1
+    assert killed
+    assert [("connection lost" in line, "is back" in line) for line in driver.said] == [(1, 0), (0, 1)]
 
 
 def test_an_error_that_is_no_loss_of_the_server_is_raised(server: Server, stack: ExitStack) -> None:
