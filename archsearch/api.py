@@ -14,17 +14,18 @@ from archsearch.data import DataSource, load_data
 from archsearch.errors import UsageError
 from archsearch.gathers import add_gathers
 from archsearch.models import ModelSource, pretrained, resolve
-from archsearch.on_device import Device, aimed, device_of, measured, note, predicted, verdict
+from archsearch.on_device import Device, aimed, device_of
 from archsearch.pipeline import Found
 from archsearch.pipeline import find as run_plan
 from archsearch.plan import NO_PROXY, Plan
 from archsearch.presets import PRESETS
 from archsearch.rebuild import Traced, trace_module, trace_source
 from archsearch.recipe import RECIPES, Recipe
-from archsearch.results import Record, environment, recipe_facts
+from archsearch.results import environment, recipe_facts
 from archsearch.space import SearchSpace
+from archsearch.stopwatch import Stopwatch, verdict
 from archsearch.targets import Resource, Target
-from archsearch.trainer import Say, Trainer, check_classes, is_main
+from archsearch.trainer import Say, Trainer, check_classes
 from archsearch.training.callbacks import Callback
 from archsearch.training.evaluation import resolve_device
 
@@ -251,28 +252,20 @@ def find(
             conditions=facts,
             say=say,
         )
+    stopwatch = None if aim is None else Stopwatch(aim, Path(store), trust_code, say)
     found = run_plan(
         traced,
         plan,
         trainer,
         weights=weights,
         trained=trained,
+        clock=stopwatch,
         out=Path(out) if out is not None else None,
         conditions=facts,
         say=say,
     )
-    if aim is None:
-        return found
-    widths = {name: group.width for name, group in found.architecture.widths.items()}
-    seen = predicted(aim.table, widths)
-    path = Path(out) / "architecture.yaml" if out is not None else None
-    if path is not None and is_main():
-        if aim.here:
-            seen = measured(path, seen, trust_code=trust_code, say=say)
-        record = Record({**found.record.conditions, "latency": seen}, found.record.arms)
-        record.write(path.parent)
-        found = replace(found, architecture=note(path, seen), record=record)
-    say(verdict(seen, targets))
+    if aim is not None:
+        say(verdict(found.architecture.provenance["latency"], targets))
     return found
 
 

@@ -23,6 +23,7 @@ from archsearch.pruning import Learned, Pruned, prune, targets_at, uniform_width
 from archsearch.rebuild import Traced, load_weights
 from archsearch.recipe import BUDGETS, Budget, Recipe
 from archsearch.results import Arm, Record
+from archsearch.settling import Clock, Facts, settle, share_in
 from archsearch.targets import Target
 from archsearch.tensor_files import write_tensors
 from archsearch.trainer import Say, Trained, Trainer, arm_of, is_main
@@ -56,6 +57,7 @@ def find(
     *,
     weights: str | None = None,
     trained: bool = False,
+    clock: Clock | None = None,
     out: Path | None = None,
     conditions: Mapping[str, Any] | None = None,
     say: Say = lambda line: None,
@@ -68,6 +70,7 @@ def find(
         trainer: Trains the arms; ``None`` with a budget of ``none``.
         weights: File with the reference's weights, which is then not trained.
         trained: Whether the reference's weights, as they are, are trained ones.
+        clock: Measures networks for a latency target, before they are trained; see ``settle``.
         out: Directory of the results; ``None`` writes nothing.
         conditions: What else to record about the run.
         say: Takes lines for the user.
@@ -78,15 +81,17 @@ def find(
     """
     if plan.drops_branches(traced.graph.sizes):
         traced = traced.with_branches()
-    search = _Search(traced, plan, trainer, say)
+    search = _Search(traced, plan, trainer, say, clock)
     provenance = _provenance(plan, conditions)
     # An impossible target, or conditions that no file can hold, show here, before anything is trained.
     traced.architecture(traced.graph.sizes, provenance)
     if out is not None:
         files.probe(out, 4 * search.reference_cost.params)
-    search.uniform_widths()
+    search.uniform_widths(plan.targets)
     arms, reference = search.references(weights, trained)
-    pruned = search.prune(reference)
+    pruned, latency = search.settled(reference)
+    if latency is not None:
+        provenance["latency"] = dict(latency)
     selection = pruned.selection
     widths = {name: len(kept) for name, kept in selection.items()}
     gone = [branch.name for branch in traced.graph.vanished(widths)]
@@ -102,7 +107,7 @@ def find(
     written: list[Path] = []
     if out is not None and is_main():
         written += _write_architecture(architecture, out / "architecture.yaml")
-    compared, model = search.compare(pruned)
+    compared, model = search.compare(pruned, latency)
     record = Record(provenance, [*arms, *compared])
     if out is not None and is_main():
         if trainer is not None or weights is not None or trained:
@@ -133,14 +138,17 @@ def widths_by(
     """
     search = _Search(traced, plan, trainer, say)
     _, reference = search.references(weights, trained)
-    return {name: len(kept) for name, kept in search.prune(reference).selection.items()}
+    return _widths(search.prune(reference, plan.targets))
 
 
 class _Search:
     """One run of ``find``."""
 
-    def __init__(self, traced: Traced, plan: Plan, trainer: Trainer | None, say: Say) -> None:
+    def __init__(
+        self, traced: Traced, plan: Plan, trainer: Trainer | None, say: Say, clock: Clock | None = None
+    ) -> None:
         self._traced, self._plan, self._trainer, self._say = traced, plan, trainer, say
+        self._clock = clock if any(target.resource == "latency" for target in plan.targets) else None
         self._budget: Budget = BUDGETS[plan.budget]
         if trainer is None and plan.budget != "none":
             raise UsageError(f"--budget {plan.budget} trains networks: give --data, or --budget none")
@@ -185,19 +193,40 @@ class _Search:
         learned, result = self._train_sparsely(name, training, self._plan.recipe)
         return [*arms, arm_of(name, "reference", "sparse training", cost, [result])], learned
 
-    def uniform_widths(self) -> dict[str, int]:
-        """Return the widths of one keep ratio for all groups, at the target, or at the MACs of the preset."""
-        targets = list(self._plan.targets)
+    def uniform_widths(self, targets: Sequence[Target]) -> dict[str, int]:
+        """Return the widths of one keep ratio for all groups, at targets, or at the MACs of the preset."""
         if self._plan.preset is not None:
             cost = self._traced.cost.of(self._plan.preset.widths(self._traced.graph.sizes))
             targets = [Target("flops", absolute=cost.macs)]
-        return uniform_widths(self._traced.cost, self._allowed, targets)
+        return uniform_widths(self._traced.cost, self._allowed, list(targets))
 
-    def prune(self, reference: Learned) -> Pruned:
-        """Return what the method leaves of a trained reference."""
+    def settled(self, reference: Learned) -> tuple[Pruned, Facts | None]:
+        """Return what the method leaves at the plan's targets, and what the clock says of it."""
+        if self._clock is None:
+            return self.prune(reference, self._plan.targets), None
+        return settle(
+            lambda targets: self.prune(reference, targets),
+            lambda pruned: self._traced.architecture(_widths(pruned), {}, pruned.selection),
+            self._plan.targets,
+            self._clock,
+            self._say,
+        )
+
+    def _settled_uniform(self) -> tuple[dict[str, int], Facts | None]:
+        """Return uniform widths at the plan's targets, and what the clock says of them."""
+        if self._clock is None:
+            return self.uniform_widths(self._plan.targets), None
+        self._say("uniform widths, to compare with:")
+        return settle(
+            self.uniform_widths, self._traced.architecture, self._plan.targets, self._clock, self._say
+        )
+
+    def prune(self, reference: Learned, targets: Sequence[Target]) -> Pruned:
+        """Return what the method leaves of a trained reference at targets."""
         batches = self._trainer.calibration if self._trainer is not None else None
-        pruned = prune(self._traced, self._plan, reference, batches, self._recover)
-        cost = self._traced.cost.of({name: len(kept) for name, kept in pruned.selection.items()})
+        plan = replace(self._plan, targets=targets)
+        pruned = prune(self._traced, plan, reference, batches, self._recover)
+        cost = self._traced.cost.of(_widths(pruned))
         macs, params = cost.macs / self.reference_cost.macs, cost.params / self.reference_cost.params
         self._say(
             f"{self._plan.label}: keeps {macs:.4f} of the MACs ({cost.macs:,}) "
@@ -205,11 +234,16 @@ class _Search:
         )
         return pruned
 
-    def compare(self, found: Pruned) -> tuple[list[Arm], nn.Module]:
-        """Train all arms beside the reference; return them, and the found network of the first seed."""
+    def compare(self, found: Pruned, latency: Facts | None) -> tuple[list[Arm], nn.Module]:
+        """Train all arms beside the reference; return them, and the found network of the first seed.
+
+        Args:
+            found: What the method leaves.
+            latency: What the clock says of it.
+        """
         plan = self._plan
         arms: list[Arm] = []
-        widths = {name: len(kept) for name, kept in found.selection.items()}
+        widths = _widths(found)
         cost = self._traced.cost.of(widths)
         if plan.budget == "none" or self._trainer is None:
             arms.append(
@@ -220,20 +254,23 @@ class _Search:
                     cost.macs,
                     cost.params,
                     accuracies=self._accuracies(found.model),
+                    latency=share_in(latency),
                 )
             )
             return arms, found.model
         scratch = not self._budget.inherits
         if scratch and plan.method != "uniform":
-            arms.append(self._scratch("uniform", self.uniform_widths())[0])
+            uniform, seen = self._settled_uniform()
+            arms.append(self._scratch("uniform", uniform, seen)[0])
         tuning = plan.finetune if scratch else plan.budget
         if tuning != "none":
             name, recipe = f"{plan.label}, {tuning}", BUDGETS[tuning].recipe(plan.recipe)
             tuned = [self._train(name, copy.deepcopy(found.model), recipe, seed) for seed in self._seeds]
-            arms.append(arm_of(name, plan.label, tuning, cost, tuned))
+            arm = arm_of(name, plan.label, tuning, cost, tuned)
+            arms.append(replace(arm, latency=share_in(latency)))
             if not scratch:
                 return arms, tuned[0].model
-        arm, model = self._scratch(plan.label, widths, found.selection)
+        arm, model = self._scratch(plan.label, widths, latency, found.selection)
         return [*arms, arm], model
 
     def _recover(
@@ -262,7 +299,11 @@ class _Search:
         return Learned(training.plain(), training.network), result
 
     def _scratch(
-        self, label: str, widths: Mapping[str, int], selection: Selection | None = None
+        self,
+        label: str,
+        widths: Mapping[str, int],
+        latency: Facts | None,
+        selection: Selection | None = None,
     ) -> tuple[Arm, nn.Module]:
         plan, cost = self._plan, self._traced.cost.of(widths)
         costs = [c.of_training(plan.published_cost) for c in (self.reference_cost, cost)]
@@ -271,7 +312,8 @@ class _Search:
         results = [
             self._train(name, self._fresh(widths, seed, selection), recipe, seed) for seed in self._seeds
         ]
-        return arm_of(name, label, plan.budget, cost, results), results[0].model
+        arm = arm_of(name, label, plan.budget, cost, results)
+        return replace(arm, latency=share_in(latency)), results[0].model
 
     def _train(self, label: str, model: nn.Module, recipe: Recipe, seed: int, **how: Any) -> Trained:
         if self._trainer is None:
@@ -303,6 +345,10 @@ class _Search:
     @property
     def _seeds(self) -> range:
         return range(self._plan.seed, self._plan.seed + self._plan.seeds)
+
+
+def _widths(pruned: Pruned) -> dict[str, int]:
+    return {name: len(kept) for name, kept in pruned.selection.items()}
 
 
 def _provenance(plan: Plan, conditions: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class Arm:
         epochs: Of each training.
         accuracies: Test accuracy in percent of each seed; empty without data.
         seconds: Of all trainings together.
+        latency: Share of the reference's, as measured; ``None`` if it was not.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Arm:
     epochs: int = 0
     accuracies: tuple[float, ...] = ()
     seconds: float = 0.0
+    latency: float | None = None
 
     @property
     def mean(self) -> float | None:
@@ -70,16 +72,19 @@ class Record:
     def table(self) -> list[list[str]]:
         """Return the header and one row an arm, as people read them.
 
-        Where uniform widths were trained with several seeds, a last column says what the arms that were
-        trained likewise gain over them.
+        A column has the shares of the reference's latency where they were measured. Where uniform widths were
+        trained with several seeds, a last one says what arms that were trained likewise gain over them.
         """
-        rows = [row(arm, self.arms[0]) for arm in self.arms]
+        columns, rows = list(COLUMNS), [row(arm, self.arms[0]) for arm in self.arms]
+        if any(arm.latency is not None for arm in self.arms):
+            columns.append(LATENCY)
+            rows = [[*cells, share_of(arm)] for cells, arm in zip(rows, self.arms, strict=True)]
         uniform = {arm.budget: arm for arm in self.arms if arm.widths == "uniform"}
         gains = [gain(arm, uniform.get(arm.budget)) for arm in self.arms]
         if not any(gains):
-            return [list(COLUMNS), *rows]
+            return [columns, *rows]
         cells = [f"{g[0]:+.2f} ± {g[1]:.2f}" if g else "-" for g in gains]
-        return [[*COLUMNS, GAIN], *([*r, cell] for r, cell in zip(rows, cells, strict=True))]
+        return [[*columns, GAIN], *([*r, cell] for r, cell in zip(rows, cells, strict=True))]
 
     def write(self, directory: Path) -> list[Path]:
         """Write ``results.json`` and ``results.md``; return their paths."""
@@ -101,6 +106,7 @@ class Record:
 COLUMNS = ("network", "test accuracy %", "MACs", "kept", "params", "kept", "epochs", "seconds")
 
 
+LATENCY = "latency kept"
 GAIN = "over uniform (95 %)"
 
 
@@ -135,6 +141,13 @@ def row(arm: Arm, reference: Arm) -> list[str]:
         str(arm.epochs) if arm.epochs else "-",
         f"{arm.seconds:.0f}" if arm.seconds else "-",
     ]
+
+
+def share_of(arm: Arm) -> str:
+    """Return the share of the reference's latency as a table shows it."""
+    if arm.widths == "reference":
+        return "1.000"
+    return "-" if arm.latency is None else f"{arm.latency:.3f}"
 
 
 def environment() -> dict[str, str]:

@@ -86,6 +86,12 @@ class Target:
             return int(self.keep * reference)
         return min(self.absolute, reference)
 
+    def scaled(self, factor: float) -> Target:
+        """Return a limit that is so many times as large, of a share at most the whole reference."""
+        if self.keep is not None:
+            return Target(self.resource, keep=min(self.keep * Fraction(factor), Fraction(1)))
+        return Target(self.resource, absolute=max(1, int(self.absolute * factor)))
+
     def part(self, reference: int, step: int, steps: int) -> Target:
         """Return the limit after ``step`` of ``steps`` even steps from the reference to the target."""
         limit = self.limit(reference)

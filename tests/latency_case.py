@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import nn
 from archsearch.latency.measure import Protocol
 from archsearch.latency.meter import Settings
 from archsearch.latency.profile import Profile
+from archsearch.latency.table import LatencyTable
 from archsearch.models import resolve
 from archsearch.rebuild import Traced, trace_source
 from archsearch.space import Bounds, SearchSpace
@@ -90,3 +92,8 @@ def profiled(network: Traced, device: PaperDevice, **more: Any) -> Profile:
         return SearchSpace(Bounds(round_to=quantum)).allowed(network.graph)
 
     return Profile(network, allowed, Settings(**settings), meter=device, **more)
+
+
+@cache
+def paper_table() -> LatencyTable:
+    return profiled(traced(), PaperDevice(block=4), round_to=4).run()

@@ -44,7 +44,7 @@ def test_channels_that_are_no_multiple_of_four_are_ragged() -> None:
     layers = (LAYERS[0].model_copy(update={"makes": Form(constant=1, groups={"a": 1})}), LAYERS[1])
     channels = np.array([3, 8, 16, 24, 40, 56])
     knots = Knots(channels, channels, np.add.outer(channels * 1.0, channels * 1.0))
-    assert Features(layers, WIDTHS, {CONV: knots}).of(np.array([[16, 24]]))[0, 2] == 16 * 17
+    assert Features(layers, WIDTHS, {CONV: knots}).of(np.array([[16, 24]]))[0, 2] == 16 * 9 * 3 * 17
 
 
 def test_macs_are_those_of_the_layers() -> None:
@@ -57,7 +57,7 @@ def test_a_layer_without_channels_takes_no_time() -> None:
 
 def test_between_measured_points_is_a_line_and_on_a_step_its_end() -> None:
     knots = Knots(np.array([16, 32]), np.array([8, 24]), np.array([[1.0, 2.0], [3.0, 4.0]]), (16, 8))
-    found = knots.at(np.array([9, 16, 17, 32]), np.array([8, 9, 16, 24]))
+    found = knots.at(np.array([16, 16, 17, 32]), np.array([8, 9, 16, 24]))
     assert found[1].tolist() == [1.0, 1.5, 1.5, 2.0]
     assert found[:, 0].tolist() == [1.0, 1.0, 3.0, 3.0]
 
@@ -340,9 +340,15 @@ def test_a_block_is_found_where_widths_between_are_slow_and_where_the_last_probe
 
 
 def test_what_was_measured_on_a_step_takes_its_own_time() -> None:
-    knots = Knots(np.array([8, 16, 32]), np.array([16]), np.array([[1.0], [2.0], [4.0]]), (16, 1))
-    found = knots.at(np.array([4, 8, 12, 24, 32]), np.array([16]))[:, 0]
-    assert found.tolist() == [2.0, 1.0, 2.0, 4.0, 4.0]
+    knots = Knots(np.array([16, 24, 32]), np.array([16]), np.array([[1.0], [2.0], [4.0]]), (16, 1))
+    found = knots.at(np.array([16, 17, 24, 25, 32]), np.array([16]))[:, 0]
+    assert found.tolist() == [1.0, 4.0, 2.0, 4.0, 4.0]
+
+
+def test_fewer_channels_than_a_step_are_on_no_step() -> None:
+    knots = Knots(np.array([4, 8, 32]), np.array([16]), np.array([[1.0], [2.0], [4.0]]), (32, 1))
+    found = knots.at(np.array([2, 4, 6, 20, 32]), np.array([16]))[:, 0]
+    assert found.tolist() == [1.0, 1.0, 1.5, 3.0, 4.0]
 
 
 def test_groups_have_finer_multiples_until_they_can_choose() -> None:

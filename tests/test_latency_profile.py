@@ -157,7 +157,7 @@ def test_a_grid_that_is_too_large_has_the_ends_of_the_steps() -> None:
     cells = sum(len(one.reads) * len(one.makes) for one in axes)
     assert cells <= 100
     for one in axes:
-        assert all(channels % 16 == 0 for channels in one.reads[:-1] + one.makes[:-1])
+        assert all(channels % 16 == 0 or channels < 16 for channels in one.reads[:-1] + one.makes[:-1])
         assert one.makes[-1] in (10, 16, 32, 64)
 
 
@@ -167,7 +167,7 @@ def test_widths_below_the_quantum_are_on_no_step() -> None:
     steps = {layer.signature: (32, 32) for layer in layers}
     axes = choose_knots(layers, widths, NETWORK.graph.sizes, steps, 16, 40)
     assert axes[0].reads[:2] == (3, 8)  # an image's channels, and a width of a narrow group
-    assert {reads for one in axes for reads in one.reads if reads >= 16} == {16, 32, 64}
+    assert {reads for one in axes for reads in one.reads if reads >= 32} == {32, 64}
 
 
 def test_groups_that_the_quantum_leaves_too_few_widths_have_finer_ones() -> None:

@@ -1,30 +1,23 @@
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from latency_case import PaperDevice, profiled, traced
+from latency_case import PaperDevice, paper_table, traced
 
 from archsearch import files, on_device
 from archsearch.allocation import reference_count
 from archsearch.api import find
 from archsearch.architecture import Architecture
-from archsearch.cli import main
-from archsearch.errors import InfeasibleError, SpecError, UsageError
+from archsearch.errors import InfeasibleError, UsageError
 from archsearch.latency.library import own_table
 from archsearch.latency.meter import Settings
 from archsearch.latency.table import LatencyTable
 from archsearch.pruning import uniform_widths
 from archsearch.space import Bounds, SearchSpace
 from archsearch.targets import Target
-
-
-@cache
-def paper_table() -> LatencyTable:
-    return profiled(traced(), PaperDevice(block=4), round_to=4).run()
 
 
 def test_widths_meet_the_limit_by_the_upper_end_of_the_prediction() -> None:
@@ -162,53 +155,3 @@ def test_a_time_out_of_reach_says_what_can_be_reached() -> None:
     network, space = on_device.aimed(traced(), SearchSpace(), paper_table())
     with pytest.raises(InfeasibleError, match=r"the target latency 0\.001 ms asks for at most 1,000 nanosec"):
         uniform_widths(network.cost, space.allowed(network.graph), [Target.parse("latency", "1us")])
-
-
-@pytest.mark.slow  # three processes that each build, time and end
-def test_the_found_network_is_measured_in_fresh_processes(tmp_path: Path, capsys: Any) -> None:
-    network, space = on_device.aimed(traced(), SearchSpace(), paper_table())
-    widths = uniform_widths(network.cost, space.allowed(network.graph), [Target.parse("latency", 0.6)])
-    path = tmp_path / "a.yaml"
-    network.architecture(widths).write(path)
-    with pytest.raises(SpecError, match="was not found for a latency"):
-        on_device.verify_file(path, say=lambda line: None)
-    facts = on_device.predicted(paper_table(), widths)
-    on_device.note(path, {**facts, "accelerator": "a device of paper"})
-    with pytest.raises(UsageError, match=r"was found for a device of paper, and this is .*: verify it there"):
-        on_device.verify_file(path, say=lambda line: None)
-    on_device.note(path, {**facts, "low_ms": "short"})
-    with pytest.raises(SpecError, match=r"provenance\.latency\.low_ms: must be milliseconds"):
-        on_device.verify_file(path, say=lambda line: None)
-    on_device.note(path, facts)
-    key = Architecture.read(path).key
-    assert main(["verify", str(path)]) == 0
-    facts = Architecture.read(path).provenance["latency"]
-    assert facts["verified"] is True
-    assert len(facts["measured_shares"]) == on_device.PROCESSES
-    assert 0 < facts["measured_share"] < 2
-    assert sorted(facts["measured_shares"])[1] == facts["measured_share"]
-    assert Architecture.read(path).key == key
-    assert "measured" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("share", "ms", "target", "said"),
-    [
-        (0.58, 0.3, 0.6, "the target latency 0.6 is met"),
-        (0.61, 0.3, 0.6, "the target latency 0.6 is MISSED"),
-        (0.58, 0.3, "0.25ms", "the target latency 0.25 ms is MISSED"),
-        (0.58, 0.3, "300us", "the target latency 0.3 ms is met"),
-    ],
-)
-def test_the_verdict_goes_by_what_was_measured(share: float, ms: float, target: Any, said: str) -> None:
-    facts = {
-        "predicted_ms": 0.2,
-        "low_ms": 0.1,
-        "high_ms": 0.3,
-        "reference_ms": 0.5,
-        "verified": True,
-        "measured_ms": ms,
-        "measured_share": share,
-        "stable": True,
-    }
-    assert on_device.verdict(facts, [Target.parse("latency", target)]).endswith(said)

@@ -14,7 +14,7 @@ from latency_case import PaperDevice, profiled
 from torch.optim.swa_utils import update_bn
 from training_case import RECIPE, source
 
-from archsearch import files
+from archsearch import files, stopwatch
 from archsearch.api import find, search
 from archsearch.architecture import Architecture
 from archsearch.catalogue import CATALOGUES
@@ -243,6 +243,34 @@ def test_latencies_are_predicted_for_trials_and_finalists(tmp_path: Path) -> Non
         assert seen["latency_kept"] == pytest.approx(seen["latency_ms"] / table.reference_ms, rel=1e-4)
     reference = Standing.read(tmp_path / "out").facts["reference"]
     assert reference["latency_ms"] == pytest.approx(table.reference_ms)
+
+
+def test_finalists_are_measured_before_the_finals_where_the_device_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profiled(network(), PaperDevice(block=2), round_to=2).run().write(tmp_path / "paper.lat.json")
+    measured: list[str] = []
+
+    def measure(path: Path, facts: dict[str, Any], **_more: Any) -> dict[str, Any]:
+        """Measure what was predicted, but with steps that are eighty times as high."""
+        measured.append(Architecture.read(path).key)
+        share = 1 - 80 * (1 - facts["predicted_ms"] / facts["reference_ms"])
+        ms = share * facts["reference_ms"]
+        return {**facts, "measured_share": share, "measured_ms": ms, "stable": True, "verified": True}
+
+    monkeypatch.setattr(stopwatch, "measured", measure)
+    given = {"latency": 0.997, "flops": None, "table": tmp_path / "paper.lat.json", "trials": 5}
+    given |= {"objective": "proxy", "finals": 2}
+    found = search(FACTORY, **asked(tmp_path, **given))
+    arms = {arm.widths: arm.latency for arm in found.record.arms}
+    assert 0.8 < (arms["uniform"] or 0) <= 0.997
+    assert all(share is not None and share <= 0.997 for name, share in arms.items() if name != "reference")
+    assert "latency kept" in found.record.markdown()
+    assert len(measured) == len(set(measured))
+    count = len(measured)
+    again = search(FACTORY, **asked(tmp_path, **given))
+    assert len(measured) == count
+    assert again.record.arms == found.record.arms
 
 
 @pytest.mark.slow  # two processes that import torch

@@ -64,7 +64,7 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
 
 def run_verify(options: argparse.Namespace) -> None:
     """Measure the network of a file on its device, and say whether the file's prediction holds."""
-    from archsearch.on_device import verdict, verify_file
+    from archsearch.stopwatch import verdict, verify_file
 
     facts = verify_file(options.architecture, trust_code=options.trust_code, say=say)
     show_result(verdict(facts, []))

@@ -45,7 +45,7 @@ class Correction:
     Attributes:
         coefficients: Of the features, ``(F,)``.
         constant_ms: Of every network.
-        spread: Root mean square of the relative errors with each network left out of its own fit.
+        spread: Root mean square of the relative errors with each network left out of its own fit and choice.
         degrees: Of freedom of this.
         factors: Of the part of the first feature that is each signature's, ``(S,)``; empty if all are one.
         free_weights: How much of the last feature takes no time.
@@ -80,14 +80,18 @@ class Correction:
         free = [largest * share for share in CACHES] if parts is not None else [0.0]
         parts = np.zeros((len(ms), 0)) if parts is None else parts
         choices = [_columns(features, weights) for weights in free]
-        spreads = [np.sqrt(np.mean(np.square(_left_out(each, parts, ms)), axis=1)) for each in choices]
-        cache, freedom = np.unravel_index(np.argmin(spreads), (len(choices), len(FREEDOMS)))
+        squares = np.square([_left_out(each, parts, ms) for each in choices]).reshape(-1, len(ms))
+        sums = squares.sum(axis=1)
+        cache, freedom = divmod(int(np.argmin(sums)), len(FREEDOMS))
+        # What was chosen since it predicts these networks well predicts others less well: so each network
+        # counts as it does with what the others would have chosen.
+        honest = squares[np.argmin(sums[:, None] - squares, axis=0), np.arange(len(ms))]
         found = _relative_fit(choices[cache], ms)
         changes = _changes(choices[cache], parts, ms, found, FREEDOMS[freedom])
         return cls(
             coefficients=found[:-1],
             constant_ms=float(found[-1]),
-            spread=float(spreads[cache][freedom]),
+            spread=float(np.sqrt(honest.mean())),
             degrees=len(ms) - int(np.count_nonzero(found)),
             factors=tuple((1 + changes).tolist()),
             free_weights=free[cache],

@@ -3,10 +3,10 @@
 The time of a network is nearly the sum of its layers' times, each looked up in a grid over the channels that
 it reads and makes. What the sum misses (additions, poolings, what a layer measured alone finds in the caches)
 is fitted on whole networks, as an affine function with no negative coefficient of: the sum, the elements
-that layers write, those of them in ragged channels (what goes on between the layers likes multiples of four),
-and the weights beyond the caches; then the cells of each signature get a factor of their own
-(``correction``). All but the caches are sums over the layers, so that the correction goes into the grids, and
-a prediction is a look-up a layer.
+that layers write, the multiply-adds of layers that make ragged channels (kernels like multiples of four, and
+few cells between these are measured), and the weights beyond the caches; then the cells of each signature get
+a factor of their own (``correction``). All but the caches are sums over the layers: the correction goes
+into the grids, and a prediction is a look-up a layer.
 
 Steps are never interpolated: a grid has every count of channels that can be, or the ends of the steps that
 were found along its two axes, and what lies on a step takes the time of its end. Where the ends are too many
@@ -34,7 +34,7 @@ Integers: TypeAlias = npt.NDArray[np.int64]
 FEATURES = ("cells", "written", "ragged", "weights")
 
 VECTOR = 4
-"""Channels whose multiples the operations between the layers like: 128 bits of float32."""
+"""Channels whose multiples kernels like: 128 bits of float32."""
 
 MAX_SUMS = 2**20
 """Of the widths of the groups that one layer reads."""
@@ -76,9 +76,12 @@ class Knots:
 
 
 def stepped(channels: Integers, step: int, known: Integers) -> Integers:
-    """Return the next multiple of a step from each count of channels on, or the largest that is known."""
-    ends: Integers = np.minimum(-(-channels // step) * step, known[-1])
-    return ends
+    """Return the next multiple of a step from each count of channels on, or the largest that is known.
+
+    Fewer channels than a step stay: kernels for them are often other ones, of which the probes know nothing.
+    """
+    ends = np.minimum(-(-channels // step) * step, known[-1])
+    return np.where(channels < step, channels, ends)
 
 
 def reachable(form: Form, widths: Mapping[str, Integers]) -> Integers:
@@ -209,7 +212,7 @@ def _features(signature: Signature, reads: Integers, makes: Integers, knots: Kno
         [
             knots.at(reads, makes),
             columns * float(signature.output_pixels),
-            columns * float(signature.output_pixels) * (columns % VECTOR > 0),
+            rows * columns * float(signature.macs_a_weight * prod(signature.kernel)) * (columns % VECTOR > 0),
             rows * columns * float(prod(signature.kernel)),
         ],
         axis=-1,

@@ -1,4 +1,10 @@
-"""Networks to calibrate and to test a table with: random widths, of any size or of equal MACs."""
+"""Networks to calibrate and to test a table with: random widths, of any size or of equal MACs.
+
+Their groups do not scatter around one share alone: what independent draws change in one group they undo in
+another, so that such networks of equal MACs are all equally fast, and nothing that a search or a pruner ever
+gives. The shares have a trend over the depth as well, as those of pruners do: some networks are thin at the
+front, others at the back.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +18,9 @@ Integers = npt.NDArray[np.int64]
 SMALLEST_KEEP = 0.2
 SCATTER = 0.2
 """Standard deviation of the groups' shares around the network's."""
+
+TREND = 0.8
+"""Of the shares over the depth: how much more or less the last group keeps than the first, at most."""
 
 EQUAL = 0.02
 """Relative difference up to which MACs are called equal."""
@@ -34,8 +43,8 @@ def random_widths(steps: Sequence[Integers], count: int, generator: np.random.Ge
         if len(found) == count:
             break
         mean = generator.uniform(SMALLEST_KEEP, 1)
-        shares = generator.normal(mean, SCATTER, len(steps)).clip(0, 1)
-        found[tuple(_nearest(steps, shares))] = None
+        shares = generator.normal(mean, SCATTER, len(steps)) + _trend(len(steps), generator)
+        found[tuple(_nearest(steps, shares.clip(0, 1)))] = None
     return np.array(list(found), dtype=np.int64).reshape(-1, len(steps))
 
 
@@ -59,7 +68,8 @@ def equal_macs_widths(
     for _ in range(DRAWS * count):
         if len(found) == count:
             break
-        shares = generator.uniform(SMALLEST_KEEP, 1, len(steps))
+        shares = generator.uniform(SMALLEST_KEEP, 1, len(steps)) + _trend(len(steps), generator)
+        shares = shares.clip(SMALLEST_KEEP, None)
         low, high = 0.0, 1 / SMALLEST_KEEP
         for _ in range(20):
             middle = (low + high) / 2
@@ -78,6 +88,12 @@ def equal_macs_widths(
         if abs(int(macs(widths)) - target) <= EQUAL * target:
             found[tuple(widths)] = None
     return np.array(list(found), dtype=np.int64).reshape(-1, len(steps))
+
+
+def _trend(groups: int, generator: np.random.Generator) -> npt.NDArray[np.float64]:
+    """Return what a network's shares gain or lose over its depth, ``(G,)``."""
+    trend: npt.NDArray[np.float64] = generator.uniform(-TREND, TREND) * np.linspace(-0.5, 0.5, groups)
+    return trend
 
 
 def _nearest(steps: Sequence[Integers], shares: npt.NDArray[np.float64]) -> Integers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from archsearch.search.artifacts import annotate, annotate_trial
 from archsearch.search.baselines import baseline
 from archsearch.search.calibrate import calibrated
 from archsearch.search.crew import Crew
-from archsearch.search.export import exported, record_of, timed, write_finalist
+from archsearch.search.export import exported, finalist_file, record_of, timed, write_finalist
 from archsearch.search.facts import CALIBRATION, FACTS, facts_of, facts_of_trials, noise_of
 from archsearch.search.finals import Finalist, Outcome, best_trials, finals
 from archsearch.search.loop import run
@@ -35,9 +35,11 @@ from archsearch.search.reference import Reference
 from archsearch.search.sampler import Told, make_sampler, told
 from archsearch.search.storage import address
 from archsearch.search.study import Start, Surface, joined
-from archsearch.search.timing import Stopwatch
 from archsearch.search.trial import Scratch
 from archsearch.search.worth import Worth
+from archsearch.settling import Facts, missed, settle
+from archsearch.stopwatch import Stopwatch, note, verdict
+from archsearch.targets import Target
 from archsearch.trainer import Say, Trainer
 
 __all__ = ["Driver", "Quest", "Searched", "search"]
@@ -136,7 +138,7 @@ class Driver:
         self._reference = Reference(traced, plan, blind, weights, trained=trained)
         self._worth = Worth(traced, self._reference, scratch, blind, crew or Crew(), out, say)
         self._out, self._weights, self._trained = out, weights, trained
-        self._stopwatch = None if device is None else Stopwatch(device, trust_code, say)
+        self._clock = None if device is None else Stopwatch(device, trainer.store, trust_code, say)
         self._conditions, self._say = conditions or {}, say
 
     @contextlib.contextmanager
@@ -207,19 +209,19 @@ class Driver:
             UsageError: If no trial has a value.
         """
         if not len(self.told()[1]):
-            raise UsageError("no trial of this search has a value: all diverged; give a lower --lr")
+            raise UsageError("no trial of this search has a value: all diverged: give a lower --lr and another --out")
         finalists = self._finalists(self._think(beside))
-        outcome = finals(finalists, self._worth, self._trainer, self._quest)
-        self._say(outcome.verdict)
         for each in finalists:
             write_finalist(self._traced, each.name, each.widths, self._out)
+        times = self._times(finalists)
+        too_slow = {name for name, seen in times.items() if missed(seen, self._plan.targets)}
+        outcome = finals(finalists, self._worth, self._trainer, self._quest, too_slow)
+        self._say(outcome.verdict)
         conditions = {**facts_of_trials(self._study, self._quest, self._model.noise), **self._conditions}
         record = record_of(outcome, self._reference.arm(self._trainer), conditions)
         architecture, written = exported(self._traced, outcome, record, self._out)
-        if self._stopwatch is not None:
-            times = self._stopwatch.times(self._traced, finalists, self._out)
-            targets = list(self._plan.targets)
-            architecture, record = timed(times, outcome, record, targets, self._out, self._say)
+        if times:
+            architecture, record = timed(times, outcome, record, self._out)
         lacking = missing()
         if lacking is not None:
             self._say(lacking)
@@ -280,8 +282,35 @@ class Driver:
         """Return uniform widths, those of the baselines, the recommendation and the best trials."""
         self._say(f"noise of a trial: {believed.noise:.3g}, as the model estimates it")
         return [
-            Finalist("uniform", self._uniform),
+            Finalist("uniform", self._settled(self._uniform_at, self._uniform)),
             *self._baselines,
-            Finalist("search", believed.recommended),
+            Finalist("search", self._settled(self._recommended_at, believed.recommended)),
             *best_trials(self._study, self._traced.cost, self._quest.best_trials),
         ]
+
+    def _settled(
+        self, solve: Callable[[list[Target]], Mapping[str, int]], widths: Mapping[str, int]
+    ) -> Mapping[str, int]:
+        """Return widths that meet a latency target as measured, or those given where there is none."""
+        if self._clock is None:
+            return widths
+        targets = self._plan.targets
+        return settle(solve, self._traced.architecture, targets, self._clock, self._say)[0]
+
+    def _uniform_at(self, targets: list[Target]) -> Mapping[str, int]:
+        return uniform_widths(self._traced.cost, self._surface.allowed, targets)
+
+    def _recommended_at(self, targets: list[Target]) -> Mapping[str, int]:
+        return self._model.at(targets).best()
+
+    def _times(self, finalists: Sequence[Finalist]) -> dict[str, Facts]:
+        """Return what is known of the finalists' latencies, by name; nothing without a latency target."""
+        if self._clock is None:
+            return {}
+        times: dict[str, Facts] = {}
+        for each in finalists:
+            seen = self._clock(self._traced.architecture(each.widths))
+            times[each.name] = seen
+            self._say(f"{each.name}: {verdict(seen, self._plan.targets)}")
+            note(self._out / finalist_file(each.name), seen)
+        return times

@@ -9,13 +9,12 @@ from typing import Any
 
 from archsearch import files
 from archsearch.architecture import Architecture
-from archsearch.on_device import note, verdict
 from archsearch.rebuild import Traced
 from archsearch.results import Arm, Record
 from archsearch.search.finals import Outcome
-from archsearch.targets import Target
+from archsearch.settling import share_in
+from archsearch.stopwatch import note
 from archsearch.tensor_files import write_tensors
-from archsearch.trainer import Say
 
 ARCHITECTURE, WEIGHTS = "architecture.yaml", "weights.safetensors"
 
@@ -78,9 +77,7 @@ def timed(
     times: Mapping[str, Mapping[str, Any]],
     outcome: Outcome,
     record: Record,
-    targets: list[Target],
     out: Path,
-    say: Say,
 ) -> tuple[Architecture, Record]:
     """Add the latencies of the finalists to what was exported; return the new content.
 
@@ -88,14 +85,13 @@ def timed(
         times: What is known of each finalist's latency, by name.
         outcome: Says which one was exported.
         record: The results so far.
-        targets: What had to be met.
         out: The run directory.
-        say: Takes a line for each finalist.
     """
-    for name, seen in times.items():
-        say(f"{name}: {verdict(seen, targets)}")
     latencies = {name: {key: seen[key] for key in _TIMES if key in seen} for name, seen in times.items()}
     seen = dict(times[outcome.exported.name])
-    record = replace(record, conditions={**record.conditions, "latency": seen, "latencies": latencies})
+    record = Record(
+        {**record.conditions, "latency": seen, "latencies": latencies},
+        [replace(arm, latency=share_in(times.get(arm.widths))) for arm in record.arms],
+    )
     record.write(out)
     return note(out / ARCHITECTURE, seen), record

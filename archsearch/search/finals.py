@@ -9,7 +9,7 @@ are what is exported.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -90,7 +90,13 @@ def threads_as(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def finals(finalists: Sequence[Finalist], worth: Worth, trainer: Trainer, quest: Quest) -> Outcome:
+def finals(
+    finalists: Sequence[Finalist],
+    worth: Worth,
+    trainer: Trainer,
+    quest: Quest,
+    too_slow: Collection[str] = (),
+) -> Outcome:
     """Train the finalists with fresh seeds, choose on validation, then measure all of them on the test set.
 
     Args:
@@ -98,6 +104,8 @@ def finals(finalists: Sequence[Finalist], worth: Worth, trainer: Trainer, quest:
         worth: Trains them.
         trainer: One that measures on the test set.
         quest: Says how many seeds.
+        too_slow: Names of finalists that miss a latency target as measured: they are compared, and only
+            exported where all do.
     """
     fresh = seeds_of(quest.finals, quest.plan.seed)
     threads = None
@@ -105,11 +113,16 @@ def finals(finalists: Sequence[Finalist], worth: Worth, trainer: Trainer, quest:
         # Workers train them side by side; below they are found in the store.
         threads = worth.trained([(each.widths, s) for each in finalists for s in fresh], FINALS).threads
     with threads_as(threads):
-        return _decided(finalists, worth.scratch, worth.blind, trainer, fresh)
+        return _decided(finalists, worth.scratch, worth.blind, trainer, fresh, too_slow)
 
 
 def _decided(
-    finalists: Sequence[Finalist], scratch: Scratch, blind: Trainer, trainer: Trainer, fresh: Sequence[int]
+    finalists: Sequence[Finalist],
+    scratch: Scratch,
+    blind: Trainer,
+    trainer: Trainer,
+    fresh: Sequence[int],
+    too_slow: Collection[str],
 ) -> Outcome:
     validation = {
         each.name: [scratch(blind, each.name, each.widths, s).accuracy for s in fresh] for each in finalists
@@ -119,12 +132,13 @@ def _decided(
         name: Arm(name, name, scratch.budget, 0, 0, accuracies=tuple(accuracies))
         for name, accuracies in validation.items()
     }
+    running = [each for each in finalists if each.name not in too_slow] or finalists
     uniform = finalists[0]
     # Among equals the first, so that uniform widths stay where nothing is better.
-    chosen = max(finalists, key=lambda each: unmeasured[each.name].mean or 0.0)
+    chosen = max(running, key=lambda each: unmeasured[each.name].mean or 0.0)
     gained = gain(unmeasured[chosen.name], unmeasured[uniform.name])
     better = gained is not None and gained[0] > gained[1]
-    exported = chosen if better else uniform
+    exported = chosen if better or uniform not in running else uniform
     arms, models = [], {}
     for each in finalists:
         trained = [scratch(trainer, f"{each.name}, seed {s}", each.widths, s) for s in fresh]
@@ -135,5 +149,7 @@ def _decided(
         said = "uniform widths have the highest validation accuracy: they are exported"
     else:
         said = f"{chosen.name} gains {gained[0]:+.2f} ± {gained[1]:.2f} points over uniform on validation"
-        said += ": exported" if better else ": not distinguishable from uniform, which is exported"
+        said += ": exported" if better else ": not distinguishable from uniform"
+        if not better:
+            said += ", which is exported" if exported is uniform else ", which is too slow"
     return Outcome(arms, validation, chosen, exported, models[exported.name], said)

@@ -20,6 +20,7 @@ Sums of curves are what the knapsack solves exactly, so the model's best archite
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -144,6 +145,12 @@ class AdditiveModel:
     def errors(self) -> Curves:
         """Return the posterior mean as error curves, as the knapsack takes them."""
         return self._errors(self.weights())
+
+    def at(self, targets: Sequence[Target]) -> AdditiveModel:
+        """Return the same beliefs, that recommend what meets other targets."""
+        other = copy.copy(self)
+        other._targets = targets
+        return other
 
     def best(self, errors: Curves | None = None) -> dict[str, int]:
         """Return the widths of least error that meet the targets: by the posterior mean, or as given."""

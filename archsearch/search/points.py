@@ -65,7 +65,7 @@ def points_of(resource: Resource, searches: Mapping[str, Searched]) -> list[Poin
     """Return the reference and the finalists of all targets.
 
     Args:
-        resource: Whose cost counts; a latency is the predicted one.
+        resource: Whose cost counts; a latency is as measured, or as predicted if the device is away.
         searches: By the name of their run directories.
     """
     first = next(iter(searches.values()))
@@ -96,6 +96,8 @@ def _finalists(resource: Resource, place: str, searched: Searched) -> Iterator[P
 
 def _cost(resource: Resource, arm: Arm, reference: Arm, conditions: Mapping[str, Any]) -> float:
     if resource == "latency":
+        if arm.latency is not None:
+            return float(arm.latency * conditions["latency"]["reference_ms"])
         return float(conditions["latencies"][arm.widths]["predicted_ms"])
     if resource == "params":
         return 100 * arm.params / reference.params

@@ -22,12 +22,12 @@ from archsearch import files
 from archsearch.cost import CostModel
 from archsearch.errors import IntegrityError
 from archsearch.latency.table import LatencyTable
-from archsearch.on_device import predicted
 from archsearch.search import storage
 from archsearch.search.claims import Claims, claims
 from archsearch.search.project import REACH, free_groups, logits, project
 from archsearch.search.sampler import WIDTHS
 from archsearch.space import Widths
+from archsearch.stopwatch import predicted
 from archsearch.targets import Target
 from archsearch.trainer import Say
 

@@ -1,0 +1,109 @@
+"""Latency targets that are met by what was measured, not by what was predicted.
+
+A table predicts within a few percent, and its interval is what the solver keeps to. So the widths that it
+gives are mostly somewhat faster than they need to be, and now and then too slow. They are measured before
+anything is trained on them; where the measurement is off, the limit moves by as much, and the widths are
+solved for again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+from archsearch.architecture import Architecture
+from archsearch.errors import InfeasibleError
+from archsearch.targets import Target
+
+MEASUREMENTS = 3
+"""Networks at most that are measured for one method."""
+
+CLOSE = 0.97
+"""Share of the limit from which on a network is as slow as it may be."""
+
+AIM = 0.99
+"""Share of the limit that is aimed at: a measurement repeats to about one percent."""
+
+Facts = Mapping[str, Any]
+Found = TypeVar("Found")
+
+
+class Clock(Protocol):
+    """Says how long a network takes on the device of a latency target."""
+
+    def __call__(self, architecture: Architecture) -> Facts:
+        """Return ``measured_share`` and ``measured_ms`` if ``verified``, and what was predicted."""
+        ...
+
+
+def used(facts: Facts, targets: Sequence[Target]) -> float:
+    """Return the measured latency as a share of the tightest limit on it; above 1 a target is missed."""
+    return max(
+        float(facts["measured_share"]) / float(target.keep)
+        if target.keep is not None
+        else float(facts["measured_ms"]) * 1e6 / target.absolute
+        for target in targets
+        if target.resource == "latency"
+    )
+
+
+def missed(facts: Facts, targets: Sequence[Target]) -> bool:
+    """Return whether a network was measured and is slower than a target allows."""
+    return bool(facts["verified"]) and used(facts, targets) > 1
+
+
+def share_in(facts: Facts | None) -> float | None:
+    """Return the measured share of the reference's latency; ``None`` if nothing was measured."""
+    return float(facts["measured_share"]) if facts is not None and facts["verified"] else None
+
+
+def settle(
+    solve: Callable[[list[Target]], Found],
+    rebuilt: Callable[[Found], Architecture],
+    targets: Sequence[Target],
+    clock: Clock,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[Found, Facts]:
+    """Solve for widths, measure them, and solve again while the measurement is off.
+
+    Args:
+        solve: Gives what meets targets by prediction.
+        rebuilt: Gives the network of that.
+        targets: One of them a latency.
+        clock: Measures a network; where it only predicts, the first solution is taken.
+        say: Takes lines for the user.
+
+    Returns:
+        The slowest solution that meets the targets as measured, or the fastest one if none does, and what
+        the clock said of it.
+    """
+    limits = list(targets)
+    tried: list[tuple[float, Found, Facts]] = []
+    keys: set[str] = set()
+    while len(tried) < MEASUREMENTS:
+        try:
+            found = solve(limits)
+        except InfeasibleError:
+            if not tried:
+                raise
+            break
+        architecture = rebuilt(found)
+        if architecture.key in keys:
+            break
+        keys.add(architecture.key)
+        facts = clock(architecture)
+        if not facts["verified"]:
+            return found, facts
+        share = used(facts, targets)
+        say(f"measured: {share:.3f} of the latency that the target allows")
+        tried.append((share, found, facts))
+        if CLOSE <= share <= 1:
+            break
+        limits = [each.scaled(AIM / share) if each.resource == "latency" else each for each in limits]
+    meeting = [each for each in tried if each[0] <= 1]
+    best = max(meeting, key=_share) if meeting else min(tried, key=_share)
+    return best[1], best[2]
+
+
+def _share(tried: tuple[float, Any, Facts]) -> float:
+    return tried[0]

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from latency_case import paper_table, traced
+
+from archsearch import files, stopwatch
+from archsearch.architecture import Architecture
+from archsearch.cli import main
+from archsearch.errors import SpecError, UsageError
+from archsearch.on_device import Device, aimed
+from archsearch.pruning import uniform_widths
+from archsearch.space import SearchSpace
+from archsearch.targets import Target
+
+
+@pytest.mark.slow  # three processes that each build, time and end
+def test_the_found_network_is_measured_in_fresh_processes(tmp_path: Path, capsys: Any) -> None:
+    network, space = aimed(traced(), SearchSpace(), paper_table())
+    widths = uniform_widths(network.cost, space.allowed(network.graph), [Target.parse("latency", 0.6)])
+    path = tmp_path / "a.yaml"
+    network.architecture(widths).write(path)
+    with pytest.raises(SpecError, match="was not found for a latency"):
+        stopwatch.verify_file(path, say=lambda line: None)
+    facts = stopwatch.predicted(paper_table(), widths)
+    stopwatch.note(path, {**facts, "accelerator": "a device of paper"})
+    with pytest.raises(UsageError, match=r"was found for a device of paper, and this is .*: verify it there"):
+        stopwatch.verify_file(path, say=lambda line: None)
+    stopwatch.note(path, {**facts, "low_ms": "short"})
+    with pytest.raises(SpecError, match=r"provenance\.latency\.low_ms: must be milliseconds"):
+        stopwatch.verify_file(path, say=lambda line: None)
+    stopwatch.note(path, facts)
+    key = Architecture.read(path).key
+    assert main(["verify", str(path)]) == 0
+    facts = Architecture.read(path).provenance["latency"]
+    assert facts["verified"] is True
+    assert len(facts["measured_shares"]) == stopwatch.PROCESSES
+    assert 0 < facts["measured_share"] < 2
+    assert sorted(facts["measured_shares"])[1] == facts["measured_share"]
+    assert Architecture.read(path).key == key
+    assert "measured" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("share", "ms", "target", "said"),
+    [
+        (0.58, 0.3, 0.6, "the target latency 0.6 is met"),
+        (0.61, 0.3, 0.6, "the target latency 0.6 is MISSED"),
+        (0.58, 0.3, "0.25ms", "the target latency 0.25 ms is MISSED"),
+        (0.58, 0.3, "300us", "the target latency 0.3 ms is met"),
+    ],
+)
+def test_the_verdict_goes_by_what_was_measured(share: float, ms: float, target: Any, said: str) -> None:
+    facts = {
+        "predicted_ms": 0.2,
+        "low_ms": 0.1,
+        "high_ms": 0.3,
+        "reference_ms": 0.5,
+        "verified": True,
+        "measured_ms": ms,
+        "measured_share": share,
+        "stable": True,
+    }
+    assert stopwatch.verdict(facts, [Target.parse("latency", target)]).endswith(said)
+
+
+def architecture_at(keep: float) -> Architecture:
+    network, space = aimed(traced(), SearchSpace(), paper_table())
+    allowed = space.allowed(network.graph)
+    return network.architecture(uniform_widths(network.cost, allowed, [Target.parse("latency", keep)]))
+
+
+def test_a_network_is_measured_once_for_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def measured(path: Path, facts: dict[str, Any], **_more: Any) -> dict[str, Any]:
+        calls.append(Architecture.read(path).key)
+        return {**facts, "measured_share": 0.5, "measured_ms": 1.0, "stable": True, "verified": True}
+
+    monkeypatch.setattr(stopwatch, "measured", measured)
+    clock = stopwatch.Stopwatch(Device(paper_table(), here=True), tmp_path)
+    first, second = architecture_at(0.6), architecture_at(0.7)
+    seen = [clock(first), clock(second), clock(first)]
+    assert calls == [first.key, second.key]
+    assert seen[0] == seen[2]
+    assert seen[0]["measured_share"] == 0.5
+    assert seen[0]["predicted_ms"] < seen[1]["predicted_ms"]
+
+
+def test_of_several_processes_that_train_together_one_measures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = stopwatch.Stopwatch(Device(paper_table(), here=True), tmp_path)
+    known = {"table": paper_table().key[:16], "measured_share": 0.5, "verified": True}
+
+    def wait(_seconds: float) -> None:
+        """The first process has measured by now."""
+        key = architecture_at(0.6).key[:16]
+        (tmp_path / stopwatch.MEASURED).mkdir(parents=True, exist_ok=True)
+        files.write_json(tmp_path / stopwatch.MEASURED / f"{known['table']}-{key}.json", known)
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(stopwatch.time, "sleep", wait)
+    assert clock(architecture_at(0.6)) == known
+
+
+def test_away_from_the_device_a_network_is_predicted() -> None:
+    seen = stopwatch.Stopwatch(Device(paper_table(), here=False))(architecture_at(0.6))
+    assert seen["verified"] is False
+    assert seen["high_ms"] <= 0.6 * seen["reference_ms"]
