@@ -95,13 +95,15 @@ def settle(
         if not facts["verified"]:
             return found, facts
         share = used(facts, targets)
-        say(f"measured: {share:.3f} of the latency that the target allows")
+        say(f"measured: uses {share:.3f} of the latency that the target allows")
         tried.append((share, found, facts))
         if CLOSE <= share <= 1:
             break
         limits = [each.scaled(AIM / share) if each.resource == "latency" else each for each in limits]
     meeting = [each for each in tried if each[0] <= 1]
     best = max(meeting, key=_share) if meeting else min(tried, key=_share)
+    if len(tried) > 1:
+        say(f"takes the one that uses {best[0]:.3f}")
     return best[1], best[2]
 
 

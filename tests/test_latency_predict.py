@@ -12,7 +12,7 @@ from archsearch.latency.boundary import Boundary
 from archsearch.latency.cells import Cell, Form, Layer, Signature
 from archsearch.latency.correction import Correction
 from archsearch.latency.predict import Features, Knots, Predictor, reachable
-from archsearch.latency.quantum import PROBES, Staircase, choose_widths, find_quantum, steps_of
+from archsearch.latency.quantum import PROBES, Staircase, choose_widths, find_quantum, stairs_of
 
 CONV = Signature(kind="conv", size=(4, 4), kernel=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1))
 WIDTHS = {"a": np.array([8, 16]), "b": np.array([8, 16, 24])}
@@ -298,10 +298,24 @@ def test_where_channels_do_not_matter_nothing_is_a_step() -> None:
 
 def test_each_axis_of_a_kind_of_layers_has_its_own_step() -> None:
     known = [curve(stairs(16)), curve(stairs(1), axis="reads")]
-    assert steps_of(CONV, known, 4) == (1, 16)
-    assert steps_of(CONV, [], 4) == (1, 1)
-    assert steps_of(CONV.model_copy(update={"groups": 0}), known, 4) == (1, 1)
-    assert steps_of(CONV.model_copy(update={"groups": 8}), known, 4) == (1, 1)
+
+    def steps(signature: Signature, probed: list[Staircase]) -> list[int]:
+        return [each.step for each in stairs_of(signature, probed, 4)]
+
+    assert steps(CONV, known) == [1, 16]
+    assert steps(CONV, []) == [1, 1]
+    assert steps(CONV.model_copy(update={"groups": 0}), known) == [1, 1]
+    assert steps(CONV.model_copy(update={"groups": 8}), known) == [1, 1]
+
+
+def test_a_curve_is_as_rough_as_it_is_far_from_a_line() -> None:
+    assert curve(list(PROBES)).roughness == pytest.approx(0, abs=1e-9)
+    assert 0.2 < curve(stairs(16)).roughness < 0.6
+    # Up and down around 1: no line explains any of it.
+    assert curve([1.0 + (-1) ** n for n in range(len(PROBES))]).roughness > 0.9
+    reads, makes = stairs_of(CONV, [curve(stairs(16)), curve(list(PROBES), axis="reads")], 4)
+    assert makes.roughness > reads.roughness
+    assert stairs_of(CONV, [], 4)[0].roughness == 1
 
 
 def test_a_probe_that_is_off_does_not_hide_the_steps_along_an_axis() -> None:

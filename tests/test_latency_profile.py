@@ -13,7 +13,7 @@ from archsearch.latency.accuracy import assess, rank_correlation
 from archsearch.latency.knots import choose_knots
 from archsearch.latency.layers import find_layers
 from archsearch.latency.meter import Settings
-from archsearch.latency.quantum import choose_widths
+from archsearch.latency.quantum import Stairs, choose_widths
 from archsearch.latency.sampling import equal_macs_widths, random_widths
 from archsearch.latency.table import LatencyTable
 from archsearch.space import Bounds, SearchSpace
@@ -136,7 +136,7 @@ def test_the_grid_is_whole_where_the_cells_suffice() -> None:
     layers = find_layers(NETWORK)
     widths = SearchSpace(Bounds(round_to=8)).allowed(NETWORK.graph)
     sizes = NETWORK.graph.sizes
-    coarse = {layer.signature: (16, 16) for layer in layers}
+    coarse = {layer.signature: (Stairs(16), Stairs(16)) for layer in layers}
     axes = choose_knots(layers, widths, sizes, coarse, 8, 300)
     assert {one.reads for one in axes} == {
         (3, 8, 16),  # the first layer shares its signature with those of the first stage
@@ -152,8 +152,8 @@ def test_the_grid_is_whole_where_the_cells_suffice() -> None:
 def test_a_grid_that_is_too_large_has_the_ends_of_the_steps() -> None:
     layers = find_layers(NETWORK)
     widths = SearchSpace(Bounds(round_to=1)).allowed(NETWORK.graph)
-    steps = {layer.signature: (16, 16) for layer in layers}
-    axes = choose_knots(layers, widths, NETWORK.graph.sizes, steps, 1, 100)
+    stairs = {layer.signature: (Stairs(16), Stairs(16)) for layer in layers}
+    axes = choose_knots(layers, widths, NETWORK.graph.sizes, stairs, 1, 100)
     cells = sum(len(one.reads) * len(one.makes) for one in axes)
     assert cells <= 100
     for one in axes:
@@ -161,11 +161,21 @@ def test_a_grid_that_is_too_large_has_the_ends_of_the_steps() -> None:
         assert one.makes[-1] in (10, 16, 32, 64)
 
 
+def test_the_axis_along_which_time_is_no_line_has_more_points() -> None:
+    layers = find_layers(NETWORK)
+    widths = SearchSpace(Bounds(round_to=1)).allowed(NETWORK.graph)
+    stairs = {layer.signature: (Stairs(1, 0.03), Stairs(1, 0.5)) for layer in layers}
+    axes = choose_knots(layers, widths, NETWORK.graph.sizes, stairs, 1, 300)
+    wide = [one for one in axes if min(len(one.reads), len(one.makes)) > 1 and one.signature.kind == "conv"]
+    assert len(wide) > 4
+    assert all(len(one.makes) > len(one.reads) for one in wide)
+
+
 def test_widths_below_the_quantum_are_on_no_step() -> None:
     layers = find_layers(NETWORK)
     widths = choose_widths(on_device.allowed_of(NETWORK), 16)
-    steps = {layer.signature: (32, 32) for layer in layers}
-    axes = choose_knots(layers, widths, NETWORK.graph.sizes, steps, 16, 40)
+    stairs = {layer.signature: (Stairs(32), Stairs(32)) for layer in layers}
+    axes = choose_knots(layers, widths, NETWORK.graph.sizes, stairs, 16, 40)
     assert axes[0].reads[:2] == (3, 8)  # an image's channels, and a width of a narrow group
     assert {reads for one in axes for reads in one.reads if reads >= 32} == {32, 64}
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from archsearch.latency.cells import Form, Layer, Signature
 from archsearch.latency.content import Axes
 from archsearch.latency.predict import axes_of, stepped
+from archsearch.latency.quantum import Stairs
 
 Integers = npt.NDArray[np.int64]
 
@@ -19,7 +20,7 @@ def choose_knots(
     layers: Sequence[Layer],
     widths: Mapping[str, Integers],
     sizes: Mapping[str, int],
-    steps: Mapping[Signature, tuple[int, int]],
+    stairs: Mapping[Signature, tuple[Stairs, Stairs]],
     quantum: int,
     max_cells: int,
 ) -> tuple[Axes, ...]:
@@ -28,14 +29,14 @@ def choose_knots(
     Where the cells suffice, everything that can be is measured, and nothing is taken for granted. Else only
     the ends of the steps are, and if these are too many as well, some of them: every axis starts with its
     first and last, then the axis with the largest expected error gets one more, evenly spread, as long as
-    the cells suffice. The error falls with the square of the points and counts as much as the signature's
-    share of the network.
+    the cells suffice. The error falls with the square of the points, is larger where the probes were far from
+    a straight line, and counts as much as the signature's share of the network.
 
     Args:
         layers: Of the network.
         widths: That each group may have, rising.
         sizes: Of the groups.
-        steps: Of the staircase of each signature, along what is read and made.
+        stairs: Of each signature, along what is read and made.
         quantum: Fewer channels than this, of narrow groups or an image, are on no step: that was not probed.
         max_cells: How many cells at most; at least the ends of all axes are measured whatever it says.
     """
@@ -44,15 +45,16 @@ def choose_knots(
     if _cells(list(map(len, reachable))) <= max_cells:
         return _axes(signatures, reachable, [1] * len(reachable))
     shares = _shares(layers, sizes)
-    along = [step for one in signatures for step in steps[one]]
+    along = [each for one in signatures for each in stairs[one]]
     ends = [
-        np.union1d(channels[channels < quantum], stepped(channels[channels >= quantum], step, channels))
-        for channels, step in zip(reachable, along, strict=True)
+        np.union1d(channels[channels < quantum], stepped(channels[channels >= quantum], each.step, channels))
+        for channels, each in zip(reachable, along, strict=True)
     ]
+    weights = [shares[signatures[axis // 2]] * each.roughness for axis, each in enumerate(along)]
     counts = [min(2, len(channels)) for channels in ends]
     growing = {axis for axis, channels in enumerate(ends) if counts[axis] < len(channels)}
     while growing:
-        axis = max(sorted(growing), key=lambda at: shares[signatures[at // 2]] / counts[at] ** 2)
+        axis = max(sorted(growing), key=lambda at: weights[at] / counts[at] ** 2)
         more = [count + (number == axis) for number, count in enumerate(counts)]
         fits = _cells(more) <= max_cells
         counts = more if fits else counts
@@ -62,7 +64,7 @@ def choose_knots(
         channels[np.unique(np.linspace(0, len(channels) - 1, count).round().astype(int))]
         for channels, count in zip(ends, counts, strict=True)
     ]
-    return _axes(signatures, chosen, along)
+    return _axes(signatures, chosen, [each.step for each in along])
 
 
 def _cells(points: Sequence[int]) -> int:

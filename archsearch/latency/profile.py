@@ -27,7 +27,7 @@ from archsearch.latency.quantum import (
     Staircase,
     choose_widths,
     find_quantum,
-    steps_of,
+    stairs_of,
 )
 from archsearch.latency.sampling import equal_macs_widths, random_widths
 from archsearch.latency.subject import Subject
@@ -122,8 +122,8 @@ class Profile:
         sizes = self._traced.graph.sizes
         boundaries = self._boundaries(quantum)
         left = self._settings.max_cells - self._probe_count - 2 * len(boundaries)
-        steps = {one: steps_of(one, staircases, quantum) for one in self._signatures}
-        axes = choose_knots(self._layers, widths, sizes, steps, quantum, self._bench.affordable(left))
+        stairs = {one: stairs_of(one, staircases, quantum) for one in self._signatures}
+        axes = choose_knots(self._layers, widths, sizes, stairs, quantum, self._bench.affordable(left))
         grid = [
             Cell(number, reads, makes)
             for number, one in enumerate(axes)

@@ -17,6 +17,7 @@ are worth.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeAlias
 
@@ -108,6 +109,13 @@ class Staircase(Frozen):
         """
         return max(self.quantum, self.step(1))
 
+    @property
+    def roughness(self) -> float:
+        """How far the curve is from a line: the share of its deviation that the line leaves, 0 to 1."""
+        ms = np.array(self.ms)
+        line = np.polyval(np.polyfit(self.channels, ms, 1), self.channels)
+        return float((ms - line).std() / (ms.std() or 1.0))
+
     def step(self, multiple: int) -> int:
         """Return the largest step on which all multiples of a number take the same time; 1 if there is none.
 
@@ -165,23 +173,33 @@ def choose_widths(allowed: Allowed, quantum: int) -> dict[str, npt.NDArray[np.in
     return widths
 
 
-def steps_of(signature: Signature, staircases: Sequence[Staircase], quantum: int) -> tuple[int, int]:
-    """Return the step of a layer's time along the channels that it reads, and along those that it makes.
+@dataclass(frozen=True)
+class Stairs:
+    """How the time of a layer depends on its channels along one axis, as far as the grid of its cells goes.
+
+    Attributes:
+        step: On which all channels take the same time; 1 if there is none, or it was not probed.
+        roughness: See ``Staircase``; 1 if it was not probed.
+    """
+
+    step: int = 1
+    roughness: float = 1.0
+
+
+def stairs_of(signature: Signature, staircases: Sequence[Staircase], quantum: int) -> tuple[Stairs, Stairs]:
+    """Return the stairs of a layer along the channels that it reads, and along those that it makes.
 
     Args:
         signature: Of the layer.
         staircases: That were probed.
         quantum: Channels are multiples of it.
-
-    Returns:
-        Both steps; 1 for kinds of layers that were not probed.
     """
     if signature.groups not in (1, DEPTHWISE) or signature.multiplier > 1:
-        return 1, 1  # its channels come in multiples of their own
+        return Stairs(), Stairs()  # its channels come in multiples of their own
     own = {
-        curve.axis: 1 if curve.flat else curve.step(quantum)
+        curve.axis: Stairs(1 if curve.flat else curve.step(quantum), curve.roughness)
         for curve in staircases
         if curve.op == signature.op
     }
-    reads = 1 if signature.groups == DEPTHWISE else own.get("reads", 1)
-    return reads, own.get("makes", 1)
+    reads = Stairs() if signature.groups == DEPTHWISE else own.get("reads", Stairs())
+    return reads, own.get("makes", Stairs())
