@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from archsearch.errors import SpecError, UsageError
+from archsearch.latency.content import NetworkRecord
 from archsearch.latency.table import LatencyTable
 from archsearch.targets import Target
 from tests.latency_case import PaperDevice, profiled, traced
@@ -36,6 +37,20 @@ def test_a_table_reads_back_and_predicts_the_same(table: LatencyTable, tmp_path:
     assert again.key == table.key
     assert again.names == NETWORK.cost.names
     assert again.predict(again.sizes) == table.predict(table.sizes)
+
+
+def test_held_out_networks_are_learnt_from_once_they_have_tested(table: LatencyTable) -> None:
+    def slower(network: NetworkRecord) -> NetworkRecord:
+        if network.role in ("calibration", "repeat"):
+            return network
+        times = network.times.model_copy(update={"ms": tuple(2 * ms for ms in network.times.ms)})
+        return network.model_copy(update={"times": times})
+
+    networks = tuple(map(slower, table.content.networks))
+    other = LatencyTable(table.content.model_copy(update={"networks": networks}))
+    widths, _ = table.networks("held-out")
+    assert other.tested(widths)[0].tolist() == table.tested(widths)[0].tolist()
+    assert (other.predict(widths)[0] > 1.2 * table.predict(widths)[0]).all()
 
 
 def test_the_file_holds_raw_blocks_and_nothing_fitted(data: Any) -> None:

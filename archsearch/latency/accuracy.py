@@ -10,7 +10,7 @@ import numpy.typing as npt
 from scipy.stats import kendalltau, spearmanr
 
 from archsearch.latency.correction import Correction
-from archsearch.latency.table import LatencyTable
+from archsearch.latency.table import FITTED, LatencyTable
 
 Floats = npt.NDArray[np.float64]
 
@@ -91,12 +91,12 @@ class Report:
 
 
 def assess(table: LatencyTable) -> Report:
-    """Compare a table's predictions with its held-out networks, and baselines fitted on the same others."""
+    """Compare what calibration networks predict of the held-out ones, and baselines fitted on the same."""
     widths, measured = table.networks("held-out", "equal-macs")
     equal = np.array(
         [r.role == "equal-macs" for r in table.content.networks if r.role in ("held-out", "equal-macs")]
     )
-    predicted, low, high = table.predict(widths)
+    predicted, low, high = table.tested(widths)
     coverage = float(((low <= measured) & (measured <= high)).mean())
     found = replace(compare(predicted, measured, equal), coverage=coverage)
     others = {name: compare(values, measured, equal) for name, values in baselines(table, widths).items()}
@@ -124,7 +124,7 @@ def repeat_noise(table: LatencyTable) -> float:
     again, ms = table.networks("repeat")
     if not len(again):
         return float("nan")
-    widths, first = table.networks("calibration", "held-out", "equal-macs")
+    widths, first = table.networks(*FITTED)
     differences = [
         abs(value / first[np.flatnonzero((widths == row).all(1))[0]] - 1)
         for row, value in zip(again, ms, strict=True)

@@ -78,7 +78,7 @@ def _networks(axes: Any, table: LatencyTable) -> None:
         widths, measured = table.networks(role)
         if not len(widths):
             continue
-        ms, low, high = table.predict(widths)
+        ms, low, high = table.tested(widths)
         axes.errorbar(
             measured,
             ms,

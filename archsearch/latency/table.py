@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,9 @@ from archsearch.latency.content import Content, Role, Times, parse
 from archsearch.latency.correction import Correction
 from archsearch.latency.fingerprint import differences
 from archsearch.latency.predict import Features, Floats, Integers, Knots, Predictor
+
+FITTED: Final[tuple[Role, ...]] = ("calibration", "held-out", "equal-macs")
+"""Networks that predictions are fitted on, once those fitted on the first kind were tested on the others."""
 
 
 class LatencyTable:
@@ -49,9 +52,7 @@ class LatencyTable:
         self.quantum = content.quantum
         widths = {group.name: np.array(group.widths) for group in content.groups}
         self.features = Features(content.layers, widths, self._knots())
-        calibration, ms = self.networks("calibration")
-        self.correction = Correction.fit(self.features.of(calibration), ms, self.features.parts(calibration))
-        self._predictor = Predictor(self.features, self.correction)
+        self._predictor = self._fitted(*FITTED)
 
     @classmethod
     def read(
@@ -102,6 +103,11 @@ class LatencyTable:
         """
         return self._predictor(widths)
 
+    @cached_property
+    def tested(self) -> Predictor:
+        """What the held-out networks test: the prediction fitted on the calibration networks alone."""
+        return self._fitted("calibration")
+
     def counter(self) -> Callable[[Integers], Integers]:
         """Return what counts latency for the solver: an upper bound in nanoseconds, ``(..., G) -> (...)``.
 
@@ -141,6 +147,11 @@ class LatencyTable:
     @cached_property
     def _network_anchor_ms(self) -> float:
         return _anchor_ms([record.times for record in self.content.networks])
+
+    def _fitted(self, *roles: Role) -> Predictor:
+        widths, ms = self.networks(*roles)
+        fit = Correction.fit(self.features.of(widths), ms, self.features.parts(widths))
+        return Predictor(self.features, fit)
 
     def _knots(self) -> dict[Signature, Knots]:
         """Return the cells' times in the place where they stand in a network."""
