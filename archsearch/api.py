@@ -14,7 +14,7 @@ from archsearch.data import DataSource, load_data
 from archsearch.errors import UsageError
 from archsearch.gathers import add_gathers
 from archsearch.models import ModelSource, pretrained, resolve
-from archsearch.on_device import Device, aimed, device_of
+from archsearch.on_device import TargetDevice, aimed, target_device
 from archsearch.pipeline import Found
 from archsearch.pipeline import find as run_plan
 from archsearch.plan import NO_PROXY, Plan
@@ -216,7 +216,9 @@ def find(
     if source_data is not None:
         check_classes(traced, source_data)
         trainer = Trainer(source_data, device, Path(store), say, callbacks)
-    aim = device_of(
+    if latency is not None and not isinstance(source, ModelSource) and not other_device:
+        check_rebuilt(traced, trust_code)
+    aim = target_device(
         latency,
         table,
         other_device,
@@ -402,7 +404,9 @@ def _asked(
     return asked(settings, plan, data=name, data_options=data_options or {}, trust_code=trust_code)
 
 
-def _search(traced: Traced, trainer: Trainer, asked: Asked, aim: Device | None, **more: Any) -> Searched:
+def _search(
+    traced: Traced, trainer: Trainer, asked: Asked, aim: TargetDevice | None, **more: Any
+) -> Searched:
     more |= {"crew": asked.crew, "storage": asked.storage, "device": aim}
     if asked.front:
         from archsearch.search.pareto import front as run_front  # Optuna takes long to import
@@ -446,6 +450,21 @@ def shape_and_arguments(
     native = shape == source.input_shape
     words = source.arguments_for(classes, None if native else shape[0], None if native else shape[-1])
     return shape, {**words, **(arguments or {})}
+
+
+def check_rebuilt(traced: Traced, trust_code: bool) -> None:
+    """Check that processes of their own, which measure latencies, can build a network that was given in hand.
+
+    Raises:
+        UsageError: If its class cannot be imported, or takes arguments.
+    """
+    try:
+        resolve(traced.name, trust_code=trust_code)
+    except UsageError as error:
+        raise UsageError(
+            f"latency: the found network is measured in processes of their own, which cannot build it "
+            f"({error}): give a name or a factory MODULE:FUNCTION in place of the network"
+        ) from error
 
 
 def summary(traced: Traced) -> str:

@@ -20,11 +20,12 @@ from archsearch.latency.runtimes import check
 from archsearch.latency.table import LatencyTable
 from archsearch.rebuild import Traced
 from archsearch.space import Bounds, SearchSpace
+from archsearch.trainer import is_main
 from archsearch.training.evaluation import resolve_device
 
 
 @dataclass(frozen=True)
-class Device:
+class TargetDevice:
     """Whose latency counts.
 
     Attributes:
@@ -36,7 +37,7 @@ class Device:
     here: bool
 
 
-def device_of(
+def target_device(
     latency: object,
     table: str | Path | None,
     other_device: bool = False,
@@ -46,7 +47,7 @@ def device_of(
     device: str = "auto",
     store: Path = Path("runs"),
     say: Callable[[str], None] = lambda line: None,
-) -> Device | None:
+) -> TargetDevice | None:
     """Return the device that a latency target is about; ``None`` where there is none.
 
     Args:
@@ -72,7 +73,8 @@ def device_of(
         )
     if runtime is not None and traced is not None:
         settings = _settings(runtime, device)
-        return Device(own_table(traced, allowed_of(traced), settings, store / "latency", say=say), here=True)
+        own = own_table(traced, allowed_of(traced), settings, store / "latency", leads=is_main(), say=say)
+        return TargetDevice(own, here=True)
     if table is None:
         return None
     read = LatencyTable.read(table)
@@ -81,7 +83,7 @@ def device_of(
         raise UsageError(
             f"{table} was measured elsewhere ({away}): profile this device, or give --other-device"
         )
-    return Device(read, here=not away)
+    return TargetDevice(read, here=not away)
 
 
 def allowed_of(traced: Traced) -> Callable[[int], Mapping[str, Any]]:

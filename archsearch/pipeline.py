@@ -367,7 +367,12 @@ def _provenance(plan: Plan, conditions: Mapping[str, Any] | None) -> dict[str, A
 
 
 def _write_architecture(architecture: Architecture, path: Path) -> list[Path]:
-    """Write the file, unless the very same network stands there already: its date stays the first one."""
-    if not path.exists() or Architecture.read(path).key != architecture.key:
+    """Write the file, unless the very same network stands there already: its date stays the first one.
+
+    What is known of its latency may be news all the same.
+    """
+    before = Architecture.read(path) if path.exists() else None
+    latency = architecture.provenance.get("latency")
+    if before is None or before.key != architecture.key or before.provenance.get("latency") != latency:
         architecture.write(path)
     return [path]

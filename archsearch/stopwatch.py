@@ -19,7 +19,7 @@ from archsearch.architecture import Architecture
 from archsearch.errors import SpecError, UsageError
 from archsearch.latency.devices import opened
 from archsearch.latency.table import LatencyTable
-from archsearch.on_device import Device
+from archsearch.on_device import TargetDevice
 from archsearch.settling import used
 from archsearch.targets import Target
 from archsearch.trainer import is_main
@@ -106,7 +106,7 @@ class Stopwatch:
         say: Takes lines for the user.
     """
 
-    device: Device
+    device: TargetDevice
     store: Path | None = None
     trust_code: bool = False
     say: Callable[[str], None] = lambda line: None
@@ -139,7 +139,7 @@ class Stopwatch:
             return measured(path, seen, trust_code=self.trust_code, say=self.say)
 
 
-def verify_file(path: Path, *, trust_code: bool = False, say: Callable[[str], None]) -> dict[str, Any]:
+def verify_file(path: Path, *, trust_code: bool = False, say: Callable[[str], None]) -> Architecture:
     """Measure the network of a file that was found for a latency, and write down in it what came out.
 
     Raises:
@@ -161,9 +161,14 @@ def verify_file(path: Path, *, trust_code: bool = False, say: Callable[[str], No
             f"{path}: was found for {facts['accelerator']}, and this is {own}: verify it there, or measure "
             "it here with bench"
         )
-    facts = measured(path, facts, trust_code=trust_code, say=say)
-    note(path, facts)
-    return facts
+    return note(path, measured(path, facts, trust_code=trust_code, say=say))
+
+
+def targets_in(architecture: Architecture) -> list[Target]:
+    """Return the latency targets that an architecture was found for, as far as its file says."""
+    said = str(architecture.provenance.get("target", "")).split(", ")
+    limits = [each.removeprefix("latency ") for each in said if each.startswith("latency ")]
+    return [Target.parse("latency", limit) for limit in limits]
 
 
 def note(path: Path, facts: Mapping[str, Any]) -> Architecture:
@@ -183,6 +188,8 @@ def verdict(facts: Mapping[str, Any], targets: Sequence[Target]) -> str:
     if not facts["verified"]:
         return f"{words}; not verified on its device: `archsearch verify` does that there"
     words += f"; measured {facts['measured_ms']:.3f} ms, {facts['measured_share']:.3f} of the reference"
+    expected = facts["low_ms"] <= facts["measured_share"] * facts["reference_ms"] <= facts["high_ms"]
+    words += "" if expected else ", outside of what was predicted"
     if not facts["stable"]:
         words += " (the machine was busy: not stable)"
     for target in targets:

@@ -60,7 +60,7 @@ def test_the_file_holds_raw_blocks_and_nothing_fitted(data: Any) -> None:
     assert "coefficients" not in json.dumps(data)
 
 
-def test_the_table_of_another_device_is_refused_unless_it_will_do(
+def test_the_table_of_another_device_is_refused_where_the_device_is_said(
     table: LatencyTable, tmp_path: Path
 ) -> None:
     path = tmp_path / "dev.lat.json"
@@ -70,7 +70,7 @@ def test_the_table_of_another_device_is_refused_unless_it_will_do(
     other = {**own, "accelerator": "another"}
     with pytest.raises(UsageError, match=r"was measured elsewhere .accelerator: .* and another"):
         LatencyTable.read(path, other)
-    assert LatencyTable.read(path, other, allow_other_device=True).key == table.key
+    assert LatencyTable.read(path).key == table.key
 
 
 def _set(*place: str | int, to: Any) -> Callable[[Any], None]:
@@ -135,6 +135,8 @@ def test_the_table_of_another_network_is_refused(table: LatencyTable) -> None:
     table.check_groups(NETWORK.graph.sizes)
     with pytest.raises(UsageError, match="is of another network: its group 'conv1' has 16 channels, here 32"):
         table.check_groups({**NETWORK.graph.sizes, "conv1": 32})
+    with pytest.raises(UsageError, match="in another order"):
+        table.check_groups(dict(reversed(NETWORK.graph.sizes.items())))
 
 
 def test_the_counter_is_one_that_the_solver_can_use(table: LatencyTable) -> None:

@@ -93,7 +93,7 @@ def test_a_runtime_that_cannot_be_is_refused_before_anything_is_measured(
     runtime: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        on_device.device_of(0.5, None, runtime=runtime, traced=traced(), device="cpu")
+        on_device.target_device(0.5, None, runtime=runtime, traced=traced(), device="cpu")
 
 
 def test_the_table_of_this_machine_is_measured_once(tmp_path: Path) -> None:

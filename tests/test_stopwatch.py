@@ -4,13 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from latency_case import paper_table, traced
 
 from archsearch import files, stopwatch
+from archsearch.api import find
 from archsearch.architecture import Architecture
 from archsearch.cli import main
 from archsearch.errors import SpecError, UsageError
-from archsearch.on_device import Device, aimed
+from archsearch.on_device import TargetDevice, aimed
 from archsearch.pruning import uniform_widths
 from archsearch.space import SearchSpace
 from archsearch.targets import Target
@@ -80,7 +82,7 @@ def test_a_network_is_measured_once_for_a_table(tmp_path: Path, monkeypatch: pyt
         return {**facts, "measured_share": 0.5, "measured_ms": 1.0, "stable": True, "verified": True}
 
     monkeypatch.setattr(stopwatch, "measured", measured)
-    clock = stopwatch.Stopwatch(Device(paper_table(), here=True), tmp_path)
+    clock = stopwatch.Stopwatch(TargetDevice(paper_table(), here=True), tmp_path)
     first, second = architecture_at(0.6), architecture_at(0.7)
     seen = [clock(first), clock(second), clock(first)]
     assert calls == [first.key, second.key]
@@ -92,7 +94,7 @@ def test_a_network_is_measured_once_for_a_table(tmp_path: Path, monkeypatch: pyt
 def test_of_several_processes_that_train_together_one_measures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = stopwatch.Stopwatch(Device(paper_table(), here=True), tmp_path)
+    clock = stopwatch.Stopwatch(TargetDevice(paper_table(), here=True), tmp_path)
     known = {"table": paper_table().key[:16], "measured_share": 0.5, "verified": True}
 
     def wait(_seconds: float) -> None:
@@ -107,6 +109,64 @@ def test_of_several_processes_that_train_together_one_measures(
 
 
 def test_away_from_the_device_a_network_is_predicted() -> None:
-    seen = stopwatch.Stopwatch(Device(paper_table(), here=False))(architecture_at(0.6))
+    seen = stopwatch.Stopwatch(TargetDevice(paper_table(), here=False))(architecture_at(0.6))
     assert seen["verified"] is False
     assert seen["high_ms"] <= 0.6 * seen["reference_ms"]
+
+
+def test_a_file_says_which_latency_it_was_found_for() -> None:
+    architecture = architecture_at(0.6).model_copy(
+        update={"provenance": {"target": "flops 0.5, latency 1.2 ms"}}
+    )
+    assert stopwatch.targets_in(architecture) == [Target.parse("latency", "1.2ms")]
+    assert stopwatch.targets_in(architecture_at(0.6)) == []
+
+
+def test_a_measurement_outside_of_the_prediction_is_said() -> None:
+    facts = {"predicted_ms": 0.2, "low_ms": 0.19, "high_ms": 0.21, "reference_ms": 0.5, "verified": True}
+    facts |= {"measured_ms": 0.2, "measured_share": 0.4, "stable": True}
+    assert "outside" not in stopwatch.verdict(facts, [])
+    assert stopwatch.verdict({**facts, "measured_share": 0.44}, []).endswith("outside of what was predicted")
+
+
+def test_the_file_of_a_network_that_was_found_before_has_the_latest_latency(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(path: Path, facts: dict[str, Any], **_more: Any) -> dict[str, Any]:
+        return {**facts, "measured_share": 0.6, "measured_ms": 1.0, "stable": True, "verified": True}
+
+    monkeypatch.setattr(stopwatch, "measured", measured)
+    paper_table().write(tmp_path / "here.lat.json")
+    elsewhere = files.read_json(tmp_path / "here.lat.json")
+    elsewhere["fingerprint"]["accelerator"] = "a device of paper"
+    files.write_json(tmp_path / "away.lat.json", elsewhere)
+    given: dict[str, Any] = {"latency": 0.6, "data": None, "budget": "none", "out": tmp_path / "out"}
+    given["store"] = tmp_path / "store"
+    found = find("resnet20", table=tmp_path / "away.lat.json", other_device=True, **given)
+    assert found.architecture.provenance["latency"]["verified"] is False
+    again = find("resnet20", table=tmp_path / "here.lat.json", **given)
+    assert again.architecture.key == found.architecture.key
+    kept = Architecture.read(tmp_path / "out" / "architecture.yaml").provenance["latency"]
+    assert kept["verified"] is True
+    assert again.record.arms[-1].latency == 0.6
+
+
+def test_a_network_in_hand_that_no_other_process_can_build_is_refused_before_anything_long(
+    tmp_path: Path,
+) -> None:
+    class Own(torch.nn.Sequential):
+        pass
+
+    network = Own(torch.nn.Conv2d(3, 16, 3), torch.nn.ReLU(), torch.nn.Conv2d(16, 8, 3))
+    with pytest.raises(UsageError, match=r"measured in processes of their own.*give a name or a factory"):
+        find(
+            network,
+            example=torch.zeros(1, 3, 8, 8),
+            latency=0.6,
+            runtime="torch",
+            data=None,
+            budget="none",
+            device="cpu",
+            store=tmp_path,
+        )
+    assert not list(tmp_path.iterdir())

@@ -64,10 +64,10 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
 
 def run_verify(options: argparse.Namespace) -> None:
     """Measure the network of a file on its device, and say whether the file's prediction holds."""
-    from archsearch.stopwatch import verdict, verify_file
+    from archsearch.stopwatch import targets_in, verdict, verify_file
 
-    facts = verify_file(options.architecture, trust_code=options.trust_code, say=say)
-    show_result(verdict(facts, []))
+    architecture = verify_file(options.architecture, trust_code=options.trust_code, say=say)
+    show_result(verdict(architecture.provenance["latency"], targets_in(architecture)))
     show_result(f"wrote {options.architecture}")
 
 
@@ -117,7 +117,7 @@ def run_profile(options: argparse.Namespace) -> None:
     profile.finish()
     report = assess(table)
     show_result(accuracy_table(report, table.quantum, table.reference_ms))
-    for line in verdict(report):
+    for line in accuracy_verdict(report):
         show_result(line)
     show_result(f"wrote {options.out}")
     if options.plot is not None:
@@ -172,7 +172,7 @@ def accuracy_table(report: Any, quantum: int, reference_ms: float) -> Any:
     return table
 
 
-def verdict(report: Any) -> list[str]:
+def accuracy_verdict(report: Any) -> list[str]:
     """Return whether a table is good enough, and why not."""
     lines = [
         f"noise: a network measured twice differs by {report.noise:.1%}",

@@ -8,14 +8,31 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, ValidationError
 
 from archsearch import files
+from archsearch.latency.cells import Frozen
 from archsearch.latency.content import Times
 
 MAX_BYTES = 64 * 2**20
 
-_MEASURED = TypeAdapter(dict[str, Times])
+
+class Entry(Frozen):
+    """What one line holds.
+
+    Attributes:
+        measured: Together, by name.
+        measuring_s: Seconds that this took.
+        preparing_s: Seconds before, to make the networks ready.
+        seconds: Of the whole profile, for which ``grid`` was chosen.
+        grid: Cells that there is time for.
+    """
+
+    measured: dict[str, Times] = Field(default_factory=dict)
+    measuring_s: float = Field(default=0.0, ge=0)
+    preparing_s: float = Field(default=0.0, ge=0)
+    seconds: float = Field(default=0.0, ge=0)
+    grid: int | None = Field(default=None, ge=0)
 
 
 class Journal:
@@ -31,6 +48,8 @@ class Journal:
     Attributes:
         path: The file.
         of_others: Whether there was one of other conditions in its place.
+        measuring_s: Seconds spent with measuring, by all who wrote it.
+        preparing_s: Seconds spent with making networks ready.
     """
 
     def __init__(self, path: Path | None, conditions: Mapping[str, Any]) -> None:
@@ -38,6 +57,8 @@ class Journal:
         text = json.dumps(conditions, sort_keys=True)
         header = json.dumps({"conditions": hashlib.sha256(text.encode()).hexdigest()})
         self._known: dict[str, Times] = {}
+        self._grids: dict[float, int] = {}
+        self.measuring_s = self.preparing_s = 0.0
         self.of_others = False
         if path is None:
             return
@@ -62,12 +83,15 @@ class Journal:
     def __getitem__(self, name: str) -> Times:
         return self._known[name]
 
-    def add(self, measured: Mapping[str, Times]) -> None:
-        """Write down what was measured together, by name, as one line: each has to reach the disk."""
-        self._known.update(measured)
+    def add(self, entry: Entry) -> None:
+        """Write an entry down as one line: each has to reach the disk."""
+        self._take(entry)
         if self.path is not None:
-            line = {name: times.model_dump(mode="json") for name, times in measured.items()}
-            files.append_line(self.path, json.dumps(line))
+            files.append_line(self.path, entry.model_dump_json())
+
+    def grid(self, seconds: float) -> int | None:
+        """Return how many cells were chosen for a profile of so many seconds; ``None`` if none were yet."""
+        return self._grids.get(seconds)
 
     def remove(self) -> None:
         """Remove the file: everything is in the table."""
@@ -76,6 +100,13 @@ class Journal:
 
     def _remember(self, line: str) -> None:
         try:
-            self._known.update(_MEASURED.validate_json(line))
+            self._take(Entry.model_validate_json(line))
         except ValidationError:
             return
+
+    def _take(self, entry: Entry) -> None:
+        self._known.update(entry.measured)
+        self.measuring_s += entry.measuring_s
+        self.preparing_s += entry.preparing_s
+        if entry.grid is not None:
+            self._grids[entry.seconds] = entry.grid

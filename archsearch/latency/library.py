@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from archsearch.latency.table import LatencyTable
 from archsearch.rebuild import Traced
 
 TABLE = "dev.lat.json"
+WAIT_S = 0.5
 
 
 def own_table(
@@ -23,6 +25,7 @@ def own_table(
     settings: Settings,
     directory: Path,
     *,
+    leads: bool = True,
     meter: Meter | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> LatencyTable:
@@ -36,6 +39,7 @@ def own_table(
         allowed: Returns the widths that each group may have, given the multiples of channels worth having.
         settings: What runs it, and how well to measure.
         directory: Of all tables.
+        leads: Whether this process measures; of several that run the same command the others wait.
         meter: What measures; the runtime by default.
         say: Called with each line for the user.
 
@@ -49,6 +53,8 @@ def own_table(
     name = "-".join(words)
     home = directory / f"{files.plain(name)}-{subject.key[:12]}"
     path = home / TABLE
+    while not leads and not path.exists():
+        time.sleep(WAIT_S)
     if path.exists():
         say(f"latency: by {path}")
         return LatencyTable.read(path, subject.fingerprint)

@@ -123,7 +123,8 @@ class Profile:
         boundaries = self._boundaries(quantum)
         left = self._settings.max_cells - self._probe_count - 2 * len(boundaries)
         stairs = {one: stairs_of(one, staircases, quantum) for one in self._signatures}
-        axes = choose_knots(self._layers, widths, sizes, stairs, quantum, self._bench.affordable(left))
+        left = self._bench.affordable(left, 2 * len(boundaries))
+        axes = choose_knots(self._layers, widths, sizes, stairs, quantum, left)
         grid = [
             Cell(number, reads, makes)
             for number, one in enumerate(axes)
@@ -165,8 +166,8 @@ class Profile:
                     for role, row in roles
                 ),
                 staircases=tuple(staircases),
-                measuring_s=self._bench.measuring_s,
-                preparing_s=self._bench.preparing_s,
+                measuring_s=self._journal.measuring_s,
+                preparing_s=self._journal.preparing_s,
             )
         )
 

@@ -59,15 +59,12 @@ class LatencyTable:
         cls,
         path: files.Location,
         fingerprint: Mapping[str, Any] | None = None,
-        *,
-        allow_other_device: bool = False,
     ) -> LatencyTable:
         """Read a table.
 
         Args:
             path: The JSON file.
             fingerprint: Of the device at hand; ``None`` leaves it unchecked, for a search elsewhere.
-            allow_other_device: Whether another one will do.
 
         Raises:
             SpecError: If the file breaks a rule.
@@ -75,10 +72,9 @@ class LatencyTable:
         """
         content = parse(files.read_json(path), files.named(path))
         other = differences(content.fingerprint, fingerprint) if fingerprint is not None else []
-        if other and not allow_other_device:
+        if other:
             raise UsageError(
-                f"{files.named(path)}: was measured elsewhere ({'; '.join(other)}): profile this device, or "
-                "say that another one's table will do"
+                f"{files.named(path)}: was measured elsewhere ({'; '.join(other)}): profile this device"
             )
         try:
             return cls(content)
@@ -122,6 +118,11 @@ class LatencyTable:
             UsageError: If not; says where they differ.
         """
         own = dict(zip(self.names, self.sizes.tolist(), strict=True))
+        if own == dict(sizes) and list(own) != list(sizes):
+            raise UsageError(
+                "the latency table has the groups of this network in another order, as another version of "
+                "its code gives them: profile it again"
+            )
         if own != dict(sizes):
             name = next(name for name in [*own, *sizes] if own.get(name) != sizes.get(name))
             raise UsageError(

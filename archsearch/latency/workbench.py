@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from archsearch.errors import PreemptedError, UsageError
 from archsearch.latency import measure
 from archsearch.latency.content import Times
-from archsearch.latency.journal import Journal
+from archsearch.latency.journal import Entry, Journal
 from archsearch.latency.meter import Made, Meter, Settings
 
 AT_ONCE: Mapping[str, int] = {"cell": 8, "network": 4}
@@ -41,8 +41,7 @@ class Workbench:
         progress: Called with what is measured, how much of it is done and how much there is.
 
     Attributes:
-        measuring_s: Seconds spent with measuring.
-        preparing_s: Seconds spent with making the networks ready.
+        journal: As given.
     """
 
     def __init__(
@@ -55,7 +54,6 @@ class Workbench:
         progress: Callable[[str, int, int], None],
     ) -> None:
         self.journal = journal
-        self.measuring_s = self.preparing_s = 0.0
         self._settings, self._meter, self._references = settings, meter, references
         self._say, self._progress = say, progress
         self._began = meter.seconds()
@@ -95,12 +93,22 @@ class Workbench:
                 f"{self._networks_s:.0f} s: give more time, or fewer networks (--calibration, --held-out)"
             )
 
-    def affordable(self, cells: int) -> int:
-        """Return how many of some cells there is time for."""
-        if self._settings.max_seconds is None:
+    def affordable(self, cells: int, beside: int) -> int:
+        """Return how many of some cells there is time for; the same number when a profile goes on.
+
+        Args:
+            cells: That are wanted.
+            beside: Cells that are measured as well, whatever they take.
+        """
+        limit_s = self._settings.max_seconds
+        if limit_s is None:
             return cells
-        left_s = self._settings.max_seconds - (self._meter.seconds() - self._began) - self._networks_s
-        return min(cells, self.journal.count("cell") + max(0, int(left_s / self._cell_s)))
+        grid = self.journal.grid(limit_s)
+        if grid is None:
+            left_s = limit_s - (self._meter.seconds() - self._began) - self._networks_s
+            grid = max(0, int(left_s / self._cell_s) - beside)
+            self.journal.add(Entry(seconds=limit_s, grid=grid))
+        return min(cells, grid)
 
     def measure(self, what: str, jobs: Sequence[Job], title: str = "") -> None:
         """Measure what is not in the journal yet, several beside one reference in turn.
@@ -118,13 +126,15 @@ class Workbench:
             calls = [self._reference(what), *(self._meter.prepare(*job.make()) for job in group)]
             prepared = self._meter.seconds()
             reference, *measured = self._meter.measure(calls, self._protocols[what])
-            self.measuring_s += self._meter.seconds() - prepared
-            self.preparing_s += prepared - began
             self.journal.add(
-                {
-                    job.name: Times(ms=ms, reference_ms=reference)
-                    for job, ms in zip(group, measured, strict=True)
-                }
+                Entry(
+                    measured={
+                        job.name: Times(ms=ms, reference_ms=reference)
+                        for job, ms in zip(group, measured, strict=True)
+                    },
+                    measuring_s=self._meter.seconds() - prepared,
+                    preparing_s=prepared - began,
+                )
             )
             done += len(group)
             self._progress(title or what, done, len(jobs))
@@ -141,7 +151,7 @@ class Workbench:
         began = self._meter.seconds()
         call = self._reference(what)
         prepared = self._meter.seconds()
-        self._meter.measure([call], _SHORT)
+        self._meter.measure([call], replace(_SHORT, threads=self._settings.threads))
         # The warm-up, and in each block the call that does not count.
         once_s = (self._meter.seconds() - prepared) / (_SHORT.warm_up_calls + 2 * _SHORT.blocks)
         protocol = self._protocols[what]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from archsearch.errors import UsageError
-from archsearch.on_device import Device, aimed
+from archsearch.on_device import TargetDevice, aimed
 from archsearch.pipeline import Found
 from archsearch.pruning import uniform_widths
 from archsearch.rebuild import Traced
@@ -112,7 +112,7 @@ class Driver:
         out: Path,
         weights: str | None = None,
         trained: bool = False,
-        device: Device | None = None,
+        device: TargetDevice | None = None,
         trust_code: bool = False,
         crew: Crew | None = None,
         storage: str | None = None,
@@ -209,7 +209,9 @@ class Driver:
             UsageError: If no trial has a value.
         """
         if not len(self.told()[1]):
-            raise UsageError("no trial of this search has a value: all diverged: give a lower --lr and another --out")
+            raise UsageError(
+                "no trial of this search has a value: all diverged; give a lower --lr, and another --out"
+            )
         finalists = self._finalists(self._think(beside))
         for each in finalists:
             write_finalist(self._traced, each.name, each.widths, self._out)
