@@ -22,6 +22,7 @@ from archsearch.presets import PRESETS
 from archsearch.rebuild import Traced, trace_module, trace_source
 from archsearch.recipe import RECIPES, Recipe
 from archsearch.results import environment, recipe_facts
+from archsearch.search import defaults
 from archsearch.space import SearchSpace
 from archsearch.stopwatch import Stopwatch, verdict
 from archsearch.targets import Resource, Target
@@ -275,23 +276,23 @@ def search(
     model: str | nn.Module | None = None,
     *,
     out: str | Path,
-    trials: int = 100,
-    objective: str = "short",
-    short: float = 0.25,
-    sampler: str = "model",
-    thompson: float = 0.0,
+    trials: int = defaults.TRIALS,
+    objective: str = defaults.OBJECTIVE,
+    short: float = defaults.SHORT,
+    sampler: str = defaults.SAMPLER,
+    thompson: float = defaults.THOMPSON,
     rungs: str | None = None,
-    proxy: str = NO_PROXY,
+    proxy: str = defaults.PROXY,
     interactions: bool = False,
-    calibrate: int = 0,
-    finals: int = 3,
+    calibrate: int = defaults.CALIBRATE,
+    finals: int = defaults.FINALS,
     top: int | None = None,
     baselines: Sequence[str] | None = None,
-    jobs: int = 1,
+    jobs: int = defaults.JOBS,
     engine: str | None = None,
     engine_options: Mapping[str, Any] | None = None,
     storage: str | None = None,
-    budget: str = "scratch-e",
+    budget: str = defaults.BUDGET,
     **options: Any,
 ) -> Searched:
     """Search the widths that train best at a target; the same call goes on where it was killed.
@@ -351,7 +352,7 @@ def front(
     targets: Sequence[str | float],
     out: str | Path,
     search: Mapping[str, Any] | None = None,
-    budget: str = "scratch-e",
+    budget: str = defaults.BUDGET,
     **options: Any,
 ) -> Front:
     """Search at several targets, all of which teach one model; the same call goes on where it was killed.

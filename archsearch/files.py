@@ -20,6 +20,7 @@ import re
 import secrets
 import socket
 import stat
+import time
 from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
@@ -33,6 +34,7 @@ Location = str | os.PathLike[str]
 MAX_YAML_BYTES: Final = 2**20
 MAX_JSON_BYTES: Final = 16 * 2**20
 LOCK_NAME: Final = ".lock"
+LOOK_S: Final = 0.01
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _TEMPORARY = re.compile(r"\.archsearch-([0-9a-f]{8})-([0-9]{1,7})-[0-9a-f]{16}\.tmp")
@@ -293,7 +295,7 @@ def lock(directory: Location) -> Iterator[None]:
         raise _refused(path, "cannot be locked", error) from error
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(descriptor)
         except BlockingIOError:
             holder = os.pread(descriptor, 512, 0).decode(errors="replace").strip() or "another process"
             raise InUseError(
@@ -315,6 +317,31 @@ def lock(directory: Location) -> Iterator[None]:
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
+
+
+def is_held(directory: Location) -> bool:
+    """Return whether a process holds a directory by ``lock``; nothing is written.
+
+    Raises:
+        ResourceError: If the system refuses.
+    """
+    path = Path(directory) / LOCK_NAME
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError) as error:
+        raise _refused(path, "cannot be looked at", error) from error
+    try:
+        # Shared, so that several may look at once; closing gives it back.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        raise _refused(path, "cannot be looked at", error) from error
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def probe(directory: Location, needed_bytes: int) -> None:
@@ -374,6 +401,14 @@ def named(path: Location) -> str:
 
 
 # ---------------------------------------------------------------------------------------------- private
+
+
+def _take(descriptor: int) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        time.sleep(LOOK_S)  # who only looks with ``is_held`` has it for a moment
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _write_new(path: Path, data: bytes) -> None:

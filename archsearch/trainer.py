@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from archsearch import files
 from archsearch.cost import Cost
 from archsearch.data import DataSource
-from archsearch.errors import IntegrityError, InUseError, UsageError
+from archsearch.errors import DivergedError, IntegrityError, InUseError, UsageError
 from archsearch.rebuild import Traced
 from archsearch.recipe import Recipe
 from archsearch.results import Arm
@@ -96,6 +96,9 @@ class Trainer:
             callbacks: Called before those that only keep records.
             identity: What these callbacks do to the training, as plain values; part of its address.
             start_step: As for ``training.train``.
+
+        Raises:
+            DivergedError: If the loss or a weight is not finite; says whose.
         """
         facts = describe(model, recipe, seed, resolve_device(self.device), processes())
         identity = {"data": self.data.fingerprint, **(identity or {})}
@@ -136,6 +139,8 @@ class Trainer:
         while True:
             try:
                 return train()
+            except DivergedError as error:
+                raise DivergedError(f"{label}: {error}") from error
             except InUseError as error:  # raised before anything has begun
                 if not self.waits:
                     raise

@@ -23,7 +23,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Compute with one thread: on the CPU the number is part of a training."""
+    """Compute with one thread: on the CPU the number decides the last bits."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -238,7 +238,7 @@ def test_a_loss_that_is_not_finite_ends_with_7(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_file: Path
 ) -> None:
     words = ["train", tiny_file, "--trust-code", "--lr", "1e30", "--store", tmp_path / "s", "--epochs", "3"]
-    _refused([*words, "--out", tmp_path / "out"], capsys, 7, "training diverged.*smaller lr")
+    _refused([*words, "--out", tmp_path / "out"], capsys, 7, "training diverged.*smaller --lr")
 
 
 HOSTILE = {

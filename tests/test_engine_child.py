@@ -13,6 +13,7 @@ from engine_case import accuracy_of, until, write_task
 
 from archsearch.search.engines import child
 from archsearch.search.engines.child import Child, carry_out
+from archsearch.search.task import STOP, Result
 
 POLITE = """
 import pathlib, signal, sys, time
@@ -97,3 +98,15 @@ def test_a_task_with_two_processes_is_trained_data_parallel(tmp_path: Path) -> N
     accuracy_of(task)
     (description,) = (tmp_path / "store").glob("trainings/*/training.json")
     assert json.loads(description.read_text())["processes"] == 2
+
+
+@pytest.mark.slow
+def test_a_task_with_two_processes_is_stopped_early_by_all_of_them(tmp_path: Path) -> None:
+    """The file is there before the first epoch ends, whichever process looks first."""
+    task = write_task(tmp_path / "tasks" / "00000", tmp_path / "store", epochs=50, batch_size=128)
+    (task / STOP).touch()
+    assert carry_out(str(task), processes=2) == "", (task / "worker.log").read_text()
+    result = Result.read(task)
+    assert result is not None
+    assert (result.stopped, result.epochs, result.error) == (2, 1, None)
+    assert list((tmp_path / "store").rglob("checkpoints/*")), "it may go on another time"

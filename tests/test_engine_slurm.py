@@ -93,28 +93,29 @@ def test_no_job_gets_the_secrets_of_the_storage(
     assert os.environ["PGPASSWORD"] == "hunter2"
 
 
-def test_a_driver_that_starts_again_finds_its_job_in_the_queue(cluster: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def queued(cluster: Path, tmp_path: Path) -> Path:
+    """A task whose job is in the queue, submitted by a driver that is gone."""
     task = task_in(tmp_path)
     engine().submit(task)
     (cluster / "batch").unlink()
+    return task
+
+
+def test_a_driver_that_starts_again_finds_its_job_in_the_queue(cluster: Path, queued: Path) -> None:
     again = engine()
-    again.submit(task)
+    again.submit(queued)
     assert not (cluster / "batch").exists()
-    assert again.ended(task) is None
-    again.cancel(task)
+    assert again.ended(queued) is None
+    again.cancel(queued)
     assert (cluster / "cancelled").read_text() == "4711\n"
 
 
-def test_a_job_that_is_cancelled_is_not_taken_for_that_of_the_next_task(
-    cluster: Path, tmp_path: Path
-) -> None:
-    task = task_in(tmp_path)
-    engine().submit(task)
+def test_a_job_that_is_cancelled_is_not_taken_for_that_of_the_next_task(cluster: Path, queued: Path) -> None:
     again = engine()
-    again.cancel(task)  # another training is to be in this directory
+    again.cancel(queued)  # another training is to be in this directory
     assert (cluster / "cancelled").read_text() == "4711\n"
-    (cluster / "batch").unlink()
-    again.submit(task)
+    again.submit(queued)
     assert (cluster / "batch").exists()
 
 
@@ -201,12 +202,21 @@ def finish(made: Engine, task: Path) -> str | None:
     return made.ended(task)
 
 
-@pytest.mark.slow
-def test_a_killed_job_is_lost_and_the_next_one_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+@pytest.fixture
+def begun(tmp_path: Path) -> tuple[Engine, Path]:
+    """A driver, and its task of 20 epochs in the middle of its training."""
     task = write_task(tmp_path / "run" / "tasks" / "00000", tmp_path / "store", epochs=20)
     first = local()
     first.submit(task)
     until(lambda: epochs(task) >= 3 or first.ended(task) is not None, "three epochs")
+    return first, task
+
+
+@pytest.mark.slow
+def test_a_killed_job_is_lost_and_the_next_one_goes_on_from_its_checkpoint(
+    begun: tuple[Engine, Path], tmp_path: Path
+) -> None:
+    first, task = begun
     controller = job_of(task)
     attempt = children(controller)[0]
     worker = children(attempt)[0]
@@ -226,11 +236,10 @@ def test_a_killed_job_is_lost_and_the_next_one_goes_on_from_its_checkpoint(tmp_p
 
 
 @pytest.mark.slow
-def test_a_preempted_job_is_queued_again_and_its_driver_may_be_another_one(tmp_path: Path) -> None:
-    task = write_task(tmp_path / "run" / "tasks" / "00000", tmp_path / "store", epochs=20)
-    first = local()
-    first.submit(task)
-    until(lambda: epochs(task) >= 3 or first.ended(task) is not None, "three epochs")
+def test_a_preempted_job_is_queued_again_and_its_driver_may_be_another_one(
+    begun: tuple[Engine, Path], tmp_path: Path
+) -> None:
+    first, task = begun
     job = job_of(task)
     attempt = children(job)[0]
     os.kill(attempt, signal.SIGUSR2)  # what SLURM sends before the time is over

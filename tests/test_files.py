@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import socket
@@ -488,6 +489,27 @@ def test_a_killed_holder_holds_no_more(tmp_path: Path, holder: subprocess.Popen[
     holder.wait()
     with files.lock(tmp_path):
         pass
+
+
+def test_whether_a_directory_is_held_can_be_seen_without_a_trace(tmp_path: Path) -> None:
+    assert not files.is_held(tmp_path)
+    assert not list(tmp_path.iterdir())
+    with files.lock(tmp_path):
+        held = (tmp_path / files.LOCK_NAME).stat()
+        assert files.is_held(tmp_path)
+        assert (tmp_path / files.LOCK_NAME).stat().st_mtime_ns == held.st_mtime_ns
+    assert not files.is_held(tmp_path)
+
+
+def test_who_looks_whether_a_directory_is_held_keeps_nobody_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / files.LOCK_NAME).touch()
+    looking = os.open(tmp_path / files.LOCK_NAME, os.O_RDONLY)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    monkeypatch.setattr("time.sleep", lambda seconds: os.close(looking))
+    with files.lock(tmp_path):
+        assert files.is_held(tmp_path)
 
 
 def test_the_lock_is_free_after_an_error_inside(tmp_path: Path) -> None:

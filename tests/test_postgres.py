@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -22,12 +24,13 @@ from postgres_case import PASSWORD, QUOTED, Server, free_port, running_server
 from sqlalchemy import Connection, event, text
 from sqlalchemy.exc import OperationalError
 
-from archsearch.errors import StorageError, UsageError
+from archsearch.errors import PreemptedError, StorageError, UsageError
 from archsearch.search import storage as storages
 from archsearch.search.claims import DRIVER, Alone, Shared, claims, driver_name, shared_study, tell
 from archsearch.search.dashboard import serving
 from archsearch.search.reading import reading
 from archsearch.search.storage import Patient, address, named, storage, study_name
+from archsearch.training.signals import StopRequest
 
 pytest.importorskip("psycopg", reason="the extra 'postgresql' is not installed")
 
@@ -310,6 +313,39 @@ def test_what_is_asked_of_a_stopped_server_is_done_when_it_is_back(server: Serve
     assert PASSWORD not in "".join(driver.said)
 
 
+@pytest.mark.parametrize(
+    ("signum", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, PreemptedError)]
+)
+def test_one_signal_ends_the_wait_for_a_server(
+    server: Server, stack: ExitStack, signum: signal.Signals, kind: type[BaseException]
+) -> None:
+    driver = Driver(stack, "leaves", f"signal {signum}")
+    trial = driver.claims.ask(lambda: True)
+    assert trial is not None
+    server.stop("immediate")
+
+    def send() -> None:
+        until(lambda: driver.said, "the line that says that the server is away")
+        os.kill(os.getpid(), signum)
+
+    sender = threading.Thread(target=send)
+    with pytest.raises(kind), StopRequest():
+        sender.start()
+        tell(driver.study, trial.number, 0.25)
+    sender.join()
+    server.start()
+    assert [t.state for t in driver.trials()] == [TrialState.RUNNING], "it is there for the same command"
+
+
+def test_a_driver_whose_server_is_away_ends_with_its_beats(server: Server, stack: ExitStack) -> None:
+    driver = Driver(stack, "ends", "beats end")
+    with driver.claims:
+        server.stop("immediate")
+        until(lambda: driver.said, "a beat that finds no server")
+        assert driver.claims._thread.is_alive()
+    assert not driver.claims._thread.is_alive()
+
+
 def test_a_server_that_was_away_costs_no_living_driver_its_trials(server: Server, stack: ExitStack) -> None:
     living, watcher = (Driver(stack, name, "away", grace_s=1.0) for name in ("living", "watcher"))
     trial = living.claims.ask(lambda: True)
@@ -382,8 +418,8 @@ SEARCH = (
 )
 
 
-def start_driver(directory: Path, name: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "archsearch.cli", *SEARCH.split()]
+def start_driver(directory: Path, name: str, *more: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "archsearch.cli", *SEARCH.split(), *more]
     with (directory / f"{name}.log").open("ab") as log:
         return subprocess.Popen(
             [*command, "--store", str(directory / "store"), "--out", str(directory / name)],
@@ -429,6 +465,27 @@ def test_two_drivers_of_two_workers_lose_nothing_when_one_and_the_server_are_kil
     assert [arm["accuracies"] for arm in one["arms"]] == [arm["accuracies"] for arm in two["arms"]]
     kept = [path for path in tmp_path.rglob("*") if path.is_file() and _leaks(path)]
     assert not kept, "the password is in files"
+
+
+@pytest.mark.slow
+def test_one_ctrl_c_ends_a_driver_whose_server_is_away(server: Server, tmp_path: Path) -> None:
+    log = tmp_path / "only.log"
+    driver = start_driver(tmp_path, "only", "--seed", "1")  # a study of its own
+
+    def says(words: bytes) -> bool:
+        assert driver.poll() is None, log.read_text()
+        return words in log.read_bytes()
+
+    try:
+        until(lambda: says(b"trial 1 of"), "the first trial")
+        server.stop("immediate")
+        until(lambda: says(b"connection lost"), "the line that says so")
+        driver.send_signal(signal.SIGINT)
+        assert driver.wait(100) == 130, log.read_text()
+    finally:
+        driver.kill()
+        driver.wait()
+    assert "stopped; the same command goes on" in log.read_text().splitlines()[-1]
 
 
 def _leaks(path: Path) -> bool:

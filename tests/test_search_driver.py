@@ -15,7 +15,7 @@ from training_case import RECIPE, SignalAt, in_child, source
 from archsearch import files
 from archsearch.architecture import Architecture
 from archsearch.data import DataSource
-from archsearch.errors import InfeasibleError, IntegrityError, StorageError, UsageError
+from archsearch.errors import DivergedError, InfeasibleError, IntegrityError, StorageError, UsageError
 from archsearch.models import resolve
 from archsearch.plan import Plan
 from archsearch.rebuild import Traced, load, trace_source
@@ -201,6 +201,15 @@ def test_wrong_words_are_refused(tmp_path: Path, changes: dict[str, Any], messag
     with pytest.raises(UsageError, match=message):
         run(tmp_path, **changes)
     assert not (tmp_path / "store").exists()
+
+
+def test_a_reference_that_diverges_is_named_and_a_lower_rate_may_be_given_in_the_same_place(
+    tmp_path: Path,
+) -> None:
+    plan = replace(quest().plan, recipe=RECIPE.with_(epochs=2, lr=1e30))
+    with pytest.raises(DivergedError, match=r"^reference: training diverged: .* smaller --lr"):
+        run(tmp_path, plan=plan)
+    run(tmp_path, trials=1, objective="proxy")
 
 
 def test_an_impossible_target_shows_before_anything_is_trained(tmp_path: Path) -> None:

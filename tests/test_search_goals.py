@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+import inspect
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,20 @@ from archsearch.api import find, search
 from archsearch.architecture import Architecture
 from archsearch.catalogue import CATALOGUES
 from archsearch.cli import main
+from archsearch.cli.parser import build_parser
 from archsearch.errors import UnknownNameError, UsageError
 from archsearch.models import resolve
 from archsearch.pipeline import widths_by
-from archsearch.plan import Plan
+from archsearch.plan import NO_PROXY, Plan
 from archsearch.rebuild import Traced, trace_source
+from archsearch.search import defaults
+from archsearch.search.crew import Crew
 from archsearch.search.driver import Searched
 from archsearch.search.inherit import inherited
 from archsearch.search.objectives import OBJECTIVES
 from archsearch.search.quest import Quest
 from archsearch.search.reference import Reference
-from archsearch.search.sampler import SAMPLERS
+from archsearch.search.sampler import MODEL, SAMPLERS
 from archsearch.search.standing import Standing
 from archsearch.targets import Target
 from archsearch.trainer import Trainer
@@ -152,6 +156,24 @@ def test_wrong_questions_are_refused(words: list[str], message: str, capsys: Any
 def test_a_trial_that_is_none_is_refused(searched: tuple[Path, Searched, list[str]], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--trial 99: has no widths; trials are 0 to 7"):
         Standing.read(searched[0]).export(tmp_path / "a.yaml", 99)
+
+
+def test_the_defaults_of_a_search_stand_in_one_place() -> None:
+    """What is given by default means the same from Python, on the command line, and in a quest."""
+    from_python = {
+        name: parameter.default
+        for name, parameter in inspect.signature(search).parameters.items()
+        if parameter.default is not parameter.empty
+    }
+    on_the_command_line = vars(build_parser().parse_args(["search"]))
+    in_a_quest = {each.name: each.default for each in [*fields(Quest), *fields(Crew)]}
+    for name, default in vars(defaults).items():
+        if name.isupper():
+            assert from_python[name.lower()] == default
+            assert on_the_command_line[name.lower()] == default
+            assert in_a_quest.get(name.lower(), default) == default
+    assert defaults.PROXY == NO_PROXY
+    assert defaults.SAMPLER == MODEL
 
 
 def test_find_with_the_method_search_is_the_same_search(

@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ SEARCH = [
 ]
 
 
-def command(directory: Path) -> list[str]:
-    return [*SEARCH, "--store", str(directory / "store"), "--out", str(directory / "out")]
+def command(directory: Path, *more: str) -> list[str]:
+    return [*SEARCH, *more, "--store", str(directory / "store"), "--out", str(directory / "out")]
 
 
 def until(condition: Callable[[], object], process: subprocess.Popen[Any]) -> None:
@@ -74,12 +75,17 @@ def trials(directory: Path) -> list[optuna.trial.FrozenTrial]:
     return found
 
 
+def in_the_middle(tasks: Path) -> bool:
+    """Return whether a task is between its first epoch and its result."""
+    begun = [task for task in tasks.glob("0*") if read_progress(task)]
+    return any(not (task / "result.json").exists() for task in begun)
+
+
 def killed_in_the_middle(workers: Sequence[int], tasks: Path) -> bool:
     """Hold all workers; kill them if a task is between its first epoch and its result."""
     for pid in workers:
         os.kill(pid, signal.SIGSTOP)
-    begun = [task for task in tasks.glob("0*") if read_progress(task)]
-    middle = any(not (task / "result.json").exists() for task in begun)
+    middle = in_the_middle(tasks)
     for pid in workers:
         os.kill(pid, signal.SIGKILL if middle else signal.SIGCONT)
     return middle
@@ -105,11 +111,37 @@ def test_neither_a_killed_worker_nor_a_killed_driver_costs_a_trial(tmp_path: Pat
     while any(map(is_alive, workers)):
         assert time.monotonic() < end_s
         time.sleep(0.05)
+    assert_it_goes_on(killed, command(killed))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("ray") is None, reason="the extra 'ray' is not installed")
+def test_a_killed_driver_of_workers_of_ray_costs_no_trial(tmp_path: Path) -> None:
+    """Its Ray, which it had started, goes with it; workers that do not are waited for by the next ones."""
+    again = command(tmp_path, "--engine", "ray")
+    # By default Ray's workers give way to all others, and on a busy machine would hardly start.
+    environment = {**ENVIRONMENT, "RAY_worker_niceness": "0"}
+    tasks = tmp_path / "out" / "tasks"
+    with subprocess.Popen(again, stderr=subprocess.DEVNULL, env=environment) as driver:
+        until(lambda: len(list(tasks.glob("*/result.json"))) >= 2 and in_the_middle(tasks), driver)
+        os.kill(driver.pid, signal.SIGKILL)
+        assert driver.wait() == -signal.SIGKILL
+    assert_it_goes_on(tmp_path, again, environment)
+
+
+def assert_it_goes_on(
+    killed: Path, again: Sequence[str], environment: Mapping[str, str] = ENVIRONMENT
+) -> None:
+    """Assert that the same command ends a search whose driver is dead, and trains nothing twice."""
+    status = [sys.executable, "-m", "archsearch.cli", "search", "status", str(killed / "out")]
+    shown = subprocess.run(status, env=ENVIRONMENT, check=True, capture_output=True, text=True).stdout
+    assert " interrupted" in shown and " running" not in shown
+    assert "no driver is at work: the same command goes on" in shown
     told = {t.number: t.value for t in trials(killed) if t.state.name == "COMPLETE"}
     finished = {path: path.stat().st_mtime_ns for path in killed.rglob("store/trainings/*/result.json")}
     assert told and len(finished) < TRIALS
 
-    assert subprocess.run(command(killed), env=ENVIRONMENT, check=False).returncode == 0
+    assert subprocess.run(again, env=environment, check=False).returncode == 0
     after = trials(killed)
     assert [t.state.name for t in after] == ["COMPLETE"] * TRIALS
     assert all(after[number].value == value for number, value in told.items())

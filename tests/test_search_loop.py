@@ -327,16 +327,6 @@ def test_the_tasks_of_a_study_that_is_gone_are_not_taken_for_this_ones(tmp_path:
     assert sorted(engine.cancelled) == list(range(8))
 
 
-def test_a_task_goes_on_with_the_threads_that_it_began_with(tmp_path: Path) -> None:
-    kill(tmp_path, 0)
-    path = tmp_path / "tasks" / "00000" / "task.json"
-    content = json.loads(path.read_text())
-    content["threads"] = 7
-    path.write_text(json.dumps(content))
-    search(tmp_path, Fake(), 2)
-    assert Task.read(path.parent).threads == 7
-
-
 def test_more_trials_extend_a_study(tmp_path: Path, alone: list[optuna.trial.FrozenTrial]) -> None:
     search(tmp_path, Fake(), 3)
     engine = Fake(2)

@@ -19,6 +19,7 @@ from archsearch.cli.output import show_result
 from archsearch.cli.search_options import search_options, search_values
 from archsearch.cli.values import named_values, run_name, study_arguments
 from archsearch.errors import UsageError
+from archsearch.search import defaults
 
 
 def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
@@ -59,7 +60,7 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     data_options(search)
     training = training_options(search, seeds=False)
     training.add_argument(
-        "--budget", default="scratch-e", metavar="NAME", help="scratch-e or scratch-b (%(default)s)"
+        "--budget", default=defaults.BUDGET, metavar="NAME", help="scratch-e or scratch-b (%(default)s)"
     )
     training.add_argument("--weights", metavar="FILE", help="the reference's weights; torchvision: DEFAULT")
     search.add_argument(

@@ -6,31 +6,38 @@ import argparse
 from typing import Any
 
 from archsearch.cli.values import named_values
+from archsearch.search import defaults
 
 
 def search_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Add what says how to search and who trains; return the first group for more of it."""
     group = parser.add_argument_group("search")
-    group.add_argument("--trials", type=int, default=100, metavar="N", help="networks (%(default)s)")
+    group.add_argument(
+        "--trials", type=int, default=defaults.TRIALS, metavar="N", help="networks (%(default)s)"
+    )
     group.add_argument(
         "--objective",
-        default="short",
+        default=defaults.OBJECTIVE,
         metavar="NAME",
         help="what a network is worth: proxy or inherit (nothing is trained), short, full (%(default)s)",
     )
     group.add_argument(
-        "--short", type=float, default=0.25, metavar="SHARE", help="epochs of short (%(default)s)"
+        "--short",
+        type=float,
+        default=defaults.SHORT,
+        metavar="SHARE",
+        help="epochs of short (%(default)s)",
     )
     group.add_argument(
         "--sampler",
-        default="model",
+        default=defaults.SAMPLER,
         metavar="NAME",
         help="model, or one to compare with: tpe, gp, nsga2, random, a class of Optuna (%(default)s)",
     )
     group.add_argument(
         "--thompson",
         type=float,
-        default=0.0,
+        default=defaults.THOMPSON,
         metavar="SHARE",
         help="of the model's trials drawn from what it believes so far (%(default)s)",
     )
@@ -39,7 +46,7 @@ def search_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     )
     group.add_argument(
         "--proxy",
-        default="uniform",
+        default=defaults.PROXY,
         metavar="NAME",
         help="pruner whose curves the model starts from, or uniform widths (%(default)s)",
     )
@@ -49,7 +56,7 @@ def search_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group.add_argument(
         "--calibrate",
         type=int,
-        default=0,
+        default=defaults.CALIBRATE,
         metavar="K",
         help="train K networks in full first, and measure how well each objective ranks them",
     )
@@ -60,7 +67,11 @@ def search_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 def _finals_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--finals", type=int, default=3, metavar="N", help="fresh seeds of each finalist (%(default)s)"
+        "--finals",
+        type=int,
+        default=defaults.FINALS,
+        metavar="N",
+        help="fresh seeds of each finalist (%(default)s)",
     )
     group.add_argument(
         "--top",
@@ -76,7 +87,9 @@ def _finals_options(group: argparse._ArgumentGroup) -> None:
 
 
 def _crew_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--jobs", type=int, default=1, metavar="N", help="trainings at once (%(default)s)")
+    group.add_argument(
+        "--jobs", type=int, default=defaults.JOBS, metavar="N", help="trainings at once (%(default)s)"
+    )
     group.add_argument(
         "--engine", metavar="NAME", help="inline, local, ray or slurm (inline; local with --jobs)"
     )

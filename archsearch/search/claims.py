@@ -28,7 +28,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from archsearch import files
-from archsearch.errors import StorageError
+from archsearch.errors import PreemptedError, StorageError
 from archsearch.search.storage import Patient, advisory_lock
 
 DRIVER: Final = "driver"
@@ -37,6 +37,7 @@ DRIVER: Final = "driver"
 NOTE: Final = "driver.json"
 """The file of a run that takes part in a shared study."""
 
+BEAT: Final = "archsearch:beat:"
 BEAT_S: Final = 10.0
 GRACE_S: Final = 60.0
 
@@ -143,7 +144,8 @@ class Shared:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._over.set()
-        self._thread.join(timeout=2 * self._beat_s)
+        self._storage.closing.set()  # a beat that waits for the server waits no longer
+        self._thread.join(timeout=2 * BEAT_S)
 
     def ask(self, room: Callable[[], bool]) -> Trial | None:
         """Ask the study for a trial and claim it, if there is room."""
@@ -217,8 +219,10 @@ class Shared:
         self._storage.set_study_system_attr(self._id, _key(self.name), secrets.token_hex(4))
 
     def _beat_on(self) -> None:
-        while not self._over.wait(self._beat_s):
-            self._beat()
+        # One that the end finds without its server is no longer worth anything.
+        with contextlib.suppress(PreemptedError):
+            while not self._over.wait(self._beat_s):
+                self._beat()
 
 
 @contextlib.contextmanager
@@ -237,9 +241,15 @@ def claims(study: optuna.Study, storage: RDBStorage, directory: Path) -> Iterato
         yield Alone(study)
 
 
+def beats(study: optuna.Study) -> dict[str, object]:
+    """Return the last beat of each driver that a shared study ever had, by its name."""
+    attributes = study._storage.get_study_system_attrs(study._study_id)
+    return {key.removeprefix(BEAT): beat for key, beat in attributes.items() if key.startswith(BEAT)}
+
+
 def driver_name(directory: Path, study: str) -> str:
     """Return the name of the driver of a run directory, always the same; note which study it shares."""
-    before = _noted(directory)
+    before = noted(directory)
     name = before.get(DRIVER) or f"{socket.gethostname()[:40]}-{secrets.token_hex(4)}"
     if before != (now := {DRIVER: name, "study": study}):
         files.write_json(directory / NOTE, now)
@@ -248,10 +258,15 @@ def driver_name(directory: Path, study: str) -> str:
 
 def shared_study(directory: Path) -> str | None:
     """Return the name of the shared study that the driver of a run directory works on, if it does."""
-    return _noted(directory).get("study")
+    return noted(directory).get("study")
 
 
-def _noted(directory: Path) -> dict[str, str]:
+def noted(directory: Path) -> dict[str, str]:
+    """Return what a run directory notes of its part in a shared study: its driver and the study, or nothing.
+
+    Raises:
+        StorageError: If the note is damaged.
+    """
     path = directory / NOTE
     if not path.exists():
         return {}
@@ -262,4 +277,4 @@ def _noted(directory: Path) -> dict[str, str]:
 
 
 def _key(driver: str) -> str:
-    return f"archsearch:beat:{driver}"
+    return BEAT + driver

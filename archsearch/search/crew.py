@@ -13,6 +13,7 @@ from archsearch.architecture import Architecture
 from archsearch.errors import UsageError
 from archsearch.gathers import spread
 from archsearch.rebuild import Traced
+from archsearch.search import defaults
 from archsearch.search.engines import ENGINES, Order
 from archsearch.search.task import Data, Task
 from archsearch.search.trial import Scratch
@@ -42,7 +43,7 @@ class Crew:
         trust_code: Whether workers may import a model that names the user's own code.
     """
 
-    jobs: int = 1
+    jobs: int = defaults.JOBS
     engine: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     data: str | None = None

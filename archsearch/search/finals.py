@@ -8,13 +8,11 @@ are what is exported.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 import optuna
-import torch
 from torch import nn
 
 from archsearch.cost import CostModel
@@ -79,17 +77,6 @@ def seeds_of(seeds: int, seed: int) -> range:
     return range(seed + FRESH, seed + FRESH + seeds)
 
 
-@contextlib.contextmanager
-def threads_as(threads: int | None) -> Iterator[None]:
-    """Take as many CPU threads as workers did, part of a training's address; ``None`` changes nothing."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def finals(
     finalists: Sequence[Finalist],
     worth: Worth,
@@ -108,12 +95,10 @@ def finals(
             exported where all do.
     """
     fresh = seeds_of(quest.finals, quest.plan.seed)
-    threads = None
     if worth.crew.name != "inline":
         # Workers train them side by side; below they are found in the store.
-        threads = worth.trained([(each.widths, s) for each in finalists for s in fresh], FINALS).threads
-    with threads_as(threads):
-        return _decided(finalists, worth.scratch, worth.blind, trainer, fresh, too_slow)
+        worth.trained([(each.widths, s) for each in finalists for s in fresh], FINALS)
+    return _decided(finalists, worth.scratch, worth.blind, trainer, fresh, too_slow)
 
 
 def _decided(

@@ -9,7 +9,6 @@ of them is worth.
 from __future__ import annotations
 
 import json
-import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import optuna
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from archsearch.errors import ArchsearchError, PreemptedError
+from archsearch.errors import ArchsearchError
 from archsearch.search.board import Board
 from archsearch.search.claims import Alone, Claims, tell, unless_ended
 from archsearch.search.rungs import EVERYTHING, Rungs
@@ -27,12 +26,13 @@ from archsearch.search.sampler import WIDTHS
 from archsearch.search.study import ORIGIN, SEED, Start, Surface, counts, enqueue, finished
 from archsearch.search.work import Finding, Work
 from archsearch.trainer import Say
-from archsearch.training.signals import StopRequest
+from archsearch.training.signals import StopRequest, leave
 
 POLL_S = 0.25
 """Pause between two looks at the tasks."""
 CLAIMS_EVERY_S = 5.0
 """Pause between two looks at what other drivers left, and at whether they left any room."""
+STOPPED = "search stopped by a signal; no trial is lost, and the same command goes on"
 FAILURES = 3
 """So many trials in a row that end in an error, or lose worker after worker, are no accident."""
 
@@ -97,16 +97,10 @@ def run(
     with StopRequest() as stop, board:
         loop.recover()
         while not loop.done():
-            _leave(stop)
+            if stop:
+                leave(stop.signum, STOPPED)
             if not loop.turn():
                 time.sleep(POLL_S)
-
-
-def _leave(stop: StopRequest) -> None:
-    if stop.signum == signal.SIGINT:
-        raise KeyboardInterrupt
-    if stop:
-        raise PreemptedError("search stopped by a signal; no trial is lost, and the same command goes on")
 
 
 class _Loop:

@@ -10,6 +10,7 @@ from archsearch.allocation import ALLOCATIONS
 from archsearch.errors import UsageError
 from archsearch.plan import NO_PROXY, Plan
 from archsearch.pruners import PRUNERS, Sparsifying
+from archsearch.search import defaults
 from archsearch.search.objectives import OBJECTIVES
 from archsearch.search.rungs import EVERYTHING, Rungs
 from archsearch.search.sampler import MODEL, SAMPLERS
@@ -42,15 +43,15 @@ class Quest:
     plan: Plan
     informed: bool = False
     interactions: bool = False
-    trials: int = 100
-    objective: str = "short"
-    sampler: str = MODEL
-    short: float = 0.25
-    finals: int = 3
-    thompson: float = 0.0
+    trials: int = defaults.TRIALS
+    objective: str = defaults.OBJECTIVE
+    sampler: str = defaults.SAMPLER
+    short: float = defaults.SHORT
+    finals: int = defaults.FINALS
+    thompson: float = defaults.THOMPSON
     top: int | None = None
     baselines: Sequence[str] | None = None
-    calibrate: int = 0
+    calibrate: int = defaults.CALIBRATE
     rungs: Rungs = EVERYTHING
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ from archsearch.rebuild import Traced, trace_architecture
 from archsearch.search.export import UNIFORM
 from archsearch.search.facts import noise_of, told_by
 from archsearch.search.posterior import Posterior
+from archsearch.search.presence import WATCH_S, Presence
 from archsearch.search.reading import reading
 from archsearch.search.sampler import WIDTHS
 from archsearch.search.study import ORIGIN, counts
 
+RESULTS = "results.json"
 RECENT = 20
 """So many of the last trials say how long the next ones take."""
 
@@ -35,16 +37,20 @@ class Standing:
         facts: What is searched.
         trials: All of them.
         posterior: What the model believes, once it was asked.
+        presence: Who is at work on it.
     """
 
     run: Path
     facts: Mapping[str, Any]
     trials: tuple[FrozenTrial, ...]
     posterior: Posterior | None
+    presence: Presence
 
     @classmethod
     def read(cls, run: Path) -> Standing:
         """Look at a run directory; a search may be running there.
+
+        Where drivers share its study and none of them holds this directory, this takes until one beats.
 
         Raises:
             UsageError: If there is no search.
@@ -54,12 +60,20 @@ class Standing:
             if facts is None:
                 raise UsageError(f"{run}: the search has not begun its trials yet: look again later")
             trials = tuple(study.get_trials(deepcopy=False))
-        return cls(run, facts, trials, Posterior.read(run))
+            standing = cls(run, facts, trials, Posterior.read(run), Presence(False))
+            # Where all has ended here, nobody waits to hear whether other drivers are at their finals.
+            watch_s = 0.0 if standing.has_ended else WATCH_S
+            return replace(standing, presence=Presence.of(run, study, trials, watch_s))
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether all trials have ended, and finals were held."""
+        return sum(map(counts, self.trials)) >= self.facts["trials"] and (self.run / RESULTS).exists()
 
     def status(self) -> Iterable[str]:
         """Yield what a person wants to know, in lines."""
         done = [trial for trial in self.trials if counts(trial)]
-        states = Counter(trial.state.name.lower() for trial in self.trials)
+        states = Counter(map(self._state, self.trials))
         yield f"{self.facts['model']} on {self.facts['data']}, {', '.join(self.facts['targets'])}"
         yield (
             f"{len(done)} of {self.facts['trials']} trials have ended "
@@ -76,8 +90,13 @@ class Standing:
             yield noise_of(valued)
         spent = sum(trial.user_attrs.get("seconds", 0.0) for trial in self.trials)
         yield f"training so far: {_time(spent)}"
-        left = self._left(done)
-        if left is not None:
+        if not self.presence:
+            yield (
+                f"ended: the results are in {self.run / RESULTS}"
+                if self.has_ended
+                else "no driver is at work: the same command goes on"
+            )
+        elif (left := self._left(done)) is not None:
             yield f"about {_time(left)} left, as the last trials took, and the finals"
 
     def best(self, *, trust_code: bool = False) -> str:
@@ -143,9 +162,14 @@ class Standing:
         path = self.run / UNIFORM
         return trace_architecture(Architecture.read(path), trust_code=trust_code, where=str(path))
 
+    def _state(self, trial: FrozenTrial) -> str:
+        if trial.state == TrialState.RUNNING and not self.presence.carries_out(trial):
+            return "interrupted"
+        return trial.state.name.lower()
+
     def _left(self, done: list[FrozenTrial]) -> float | None:
         """Return how many seconds the rest of the trials will take, if one is running."""
-        running = any(trial.state == TrialState.RUNNING for trial in self.trials)
+        running = any(self._state(trial) == "running" for trial in self.trials)
         ends = sorted(trial.datetime_complete for trial in done if trial.datetime_complete is not None)
         ends = ends[-RECENT - 1 :]
         if not running or len(ends) < 2:

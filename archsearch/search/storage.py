@@ -30,7 +30,8 @@ from sqlalchemy.exc import (
     SQLAlchemyError,
 )
 
-from archsearch.errors import StorageError, UsageError
+from archsearch.errors import PreemptedError, StorageError, UsageError
+from archsearch.training.signals import leave, requested
 
 FILE: Final = "study.db"
 VARIABLE: Final = "ARCHSEARCH_STORAGE"
@@ -46,6 +47,7 @@ LOCKS: Final = 0x61726368 << 24
 WAIT_S: Final = 60.0
 """How long SQLite waits for another process, such as a dashboard that reads, before it gives up."""
 
+AWAY: Final = "search stopped while its database was away; no trial is lost, and the same command goes on"
 RETRY_S: Final = 2.0
 REMIND_S: Final = 60.0
 CONNECTION: Final = {
@@ -201,8 +203,12 @@ class Patient(RDBStorage):
     parameters are set to what they are, a second end of a trial is refused, and a trial that was created or
     started twice has one twin that no driver claims, which ``claims`` looks after.
 
+    Nobody waits for ever: a signal that asks the process to stop, which is else looked for between two calls,
+    ends the wait of the main thread, and ``closing`` that of all others.
+
     Attributes:
         losses: How often the server was lost.
+        closing: Set when nothing more is worth waiting for.
 
     Args:
         url: Of the server.
@@ -212,6 +218,7 @@ class Patient(RDBStorage):
 
     def __init__(self, url: URL, options: dict[str, Any], say: Say) -> None:
         self.losses = 0
+        self.closing = threading.Event()
         self._server, self._say = url, say
         self._lost_s: float | None = None  # since when; several threads ask
         self._said_s = 0.0
@@ -219,7 +226,12 @@ class Patient(RDBStorage):
         super().__init__(url.render_as_string(hide_password=False), engine_kwargs=options)
 
     def patiently(self, call: Callable[[], Result]) -> Result:
-        """Return what ``call`` returns, however long the server is away."""
+        """Return what ``call`` returns, however long the server is away.
+
+        Raises:
+            KeyboardInterrupt: If SIGINT came while it was away.
+            PreemptedError: If another signal came, or the storage is being closed.
+        """
         while True:
             try:
                 result = call()
@@ -228,10 +240,19 @@ class Patient(RDBStorage):
                     raise
                 self._note_loss(error)
                 self.remove_session()
-                time.sleep(RETRY_S)
+                self._pause()
             else:
                 self._note_return()
                 return result
+
+    def _pause(self) -> None:
+        """Wait before the server is asked again, unless somebody wants to leave."""
+        here = threading.current_thread() is threading.main_thread()
+        if here and (signum := requested()):
+            leave(signum, AWAY)
+        # A signal's handler runs in the middle of a wait, which then goes on to its end.
+        if self.closing.wait(RETRY_S):
+            raise PreemptedError(AWAY)
 
     def _note_loss(self, error: Exception) -> None:
         now_s = time.monotonic()

@@ -89,7 +89,7 @@ class Task(_Part):
         seed: Of weights and images.
         data: What to train on; ``None`` where only the driver's process has it.
         device: As for ``training.train``.
-        threads: CPU threads; on the CPU they are part of a training's address.
+        threads: CPU threads.
         store: Absolute path of all trainings.
         trust_code: Whether a model that names the user's own code may be imported.
         checkpoint_every_s: Seconds between checkpoints inside an epoch.

@@ -143,11 +143,6 @@ class Tasks:
         self.watch: Watch = _unwatched
         self._losses: dict[int, tuple[int, int]] = {}
 
-    @property
-    def threads(self) -> int:
-        """CPU threads of each task."""
-        return self._engine.threads
-
     def begin(self, number: int, widths: Mapping[str, int], seed: int) -> None:
         """Submit the trial's task, unless its result is there already.
 
@@ -168,8 +163,6 @@ class Tasks:
         if not same:
             for name in (PROGRESS, STOP):
                 (place / name).unlink(missing_ok=True)
-        # With as many threads as before, so that it is the same training that goes on.
-        task = task.model_copy(update={"threads": before.threads}) if same and before else task
         task.write(place)
         self._engine.submit(place)
 

@@ -31,7 +31,8 @@ from archsearch.search.task import (
     write_progress,
 )
 from archsearch.search.trial import fresh
-from archsearch.trainer import Trained, Trainer, is_main, processes
+from archsearch.trainer import Trained, Trainer, is_main
+from archsearch.training.accelerator import as_main_says
 from archsearch.training.callbacks import Callback, State
 
 
@@ -70,7 +71,7 @@ class Workshop:
         except _StoppedError as stopped:
             result = stopped.result
         except DivergedError as error:
-            result = Result(diverged=str(error))
+            result = Result(diverged=str(error.__cause__ or error))  # whose, the trial's number says
         except PreemptedError:
             raise
         except Exception as error:
@@ -142,8 +143,6 @@ class _Report(Callback):
 
     def __init__(self, directory: Path, watch: Callable[[Path], object]) -> None:
         self._directory, self._watch = directory, watch
-        # The processes of one training would see the file at different steps.
-        self._alone = processes() == 1
 
     def on_start(self, state: State) -> None:
         """Write the epochs of a training that goes on."""
@@ -152,12 +151,12 @@ class _Report(Callback):
 
     def on_epoch_end(self, state: State) -> None:
         """Write the epoch; leave if asked to, which loses nothing: the checkpoint is written."""
-        if not state.is_main:
-            return
-        write_progress(self._directory, state.history, state.epochs)
-        self._watch(self._directory)
+        if state.is_main:
+            write_progress(self._directory, state.history, state.epochs)
+            self._watch(self._directory)
+        # The processes of one training might see the file after different epochs.
         left = state.epochs - len(state.history)
-        if left and self._alone and (self._directory / STOP).exists():
+        if left and as_main_says((self._directory / STOP).exists()):
             raise _StoppedError(
                 Result(
                     accuracy=state.history[-1]["validation_accuracy"],

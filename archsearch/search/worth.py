@@ -59,8 +59,10 @@ class Worth:
         share = quest.short if quest.objective == "short" else 1.0
         return self.crew.tasks(self.out, self.scratch.shortened(share), self.blind, quest.objective, self.say)
 
-    def trained(self, networks: Sequence[Network], what: str, place: str = "", share: float = 1.0) -> Trained:
-        """Have networks trained, as many at once as there are workers.
+    def trained(
+        self, networks: Sequence[Network], what: str, place: str = "", share: float = 1.0
+    ) -> Sequence[float]:
+        """Have networks trained, as many at once as there are workers; return what ``carried_out`` does.
 
         Args:
             networks: Widths and seeds.
@@ -71,7 +73,7 @@ class Worth:
         scratch = self.scratch.shortened(share)
         work = self.crew.tasks(self.out / what / place, scratch, self.blind, what, self.say)
         with contextlib.closing(work):
-            return Trained(carried_out(work, networks, what, self.say), work.threads)
+            return carried_out(work, networks, what, self.say)
 
     def _error(self, widths: Mapping[str, int], seed: int) -> float:
         return -float(sum(self.reference.curves[name][width] for name, width in widths.items()))
@@ -80,23 +82,12 @@ class Worth:
         return inherited(self.traced, self.reference, self.reference.selection(widths), self.blind)
 
 
-@dataclass(frozen=True)
-class Trained:
-    """Networks that workers have trained.
-
-    Attributes:
-        accuracies: On validation images, in percent; NaN of one that diverged.
-        threads: Of a worker, part of each training's address.
-    """
-
-    accuracies: Sequence[float]
-    threads: int
-
-
 def carried_out(
     work: Work, networks: Sequence[Network], what: str = "networks", say: Say = lambda line: None
 ) -> list[float]:
-    """Have networks trained, as many at once as there are slots; one that diverged is NaN.
+    """Have networks trained, as many at once as there are slots, and return their validation accuracies.
+
+    They are in percent, and NaN of a network that diverged.
 
     Args:
         work: Is not closed.

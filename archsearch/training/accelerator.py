@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import broadcast
 
 from archsearch.errors import UsageError
 
@@ -40,3 +41,9 @@ def accelerated(device: torch.device, precision: str) -> Iterator[Accelerator]:
         for state, content in zip(shared, before, strict=True):
             state.clear()
             state.update(content)
+
+
+def as_main_says(answer: bool) -> bool:
+    """Return what the main process of a training answers; all its processes ask together."""
+    given = torch.tensor(float(answer), device=PartialState().device)
+    return bool(broadcast(given).item())

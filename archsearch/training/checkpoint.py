@@ -29,6 +29,8 @@ from archsearch.tensor_files import check_tensors, read_tensors, write_tensors
 log = logging.getLogger(__name__)
 
 KEPT = 2
+REMEDY = "try a smaller --lr, --set warmup=0.1 or --set clip_grad_norm=1"
+"""Against a training that diverges."""
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 
 
@@ -129,9 +131,7 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
     """
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise DivergedError(
-                f"training diverged: {name} is not finite; try a smaller lr, a warm-up or clip_grad_norm=1"
-            )
+            raise DivergedError(f"training diverged: {name} is not finite; {REMEDY}")
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

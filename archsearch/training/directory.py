@@ -18,6 +18,9 @@ from archsearch.recipe import Recipe
 from archsearch.tensor_files import read_tensors, write_tensors
 from archsearch.training.checkpoint import Checkpoints
 
+BEGAN = "began on"
+"""The field of the description that may change while a training goes on."""
+
 
 class TrainingDirectory:
     """A directory that belongs to one training.
@@ -34,8 +37,16 @@ class TrainingDirectory:
             path / name for name in ("training.json", "result.json", "weights.safetensors")
         )
 
-    def claim(self, stack: ExitStack, identity: Mapping[str, Any], needed_bytes: int) -> None:
+    def claim(
+        self, stack: ExitStack, identity: Mapping[str, Any], machine: Mapping[str, Any], needed_bytes: int
+    ) -> None:
         """Take the directory for this training until ``stack`` is closed.
+
+        Args:
+            stack: Holds it.
+            identity: What decides the training, as plain values.
+            machine: Where it begins; it may go on elsewhere.
+            needed_bytes: Free space that it needs.
 
         Raises:
             ResourceError: If it cannot be written or is too small.
@@ -48,10 +59,10 @@ class TrainingDirectory:
         stack.enter_context(files.lock(self.path))
         files.sweep(self.path)
         if not self._identity.exists():
-            files.write_json(self._identity, dict(identity))
+            files.write_json(self._identity, {**identity, BEGAN: dict(machine)})
             return
         before = files.read_json(self._identity, IntegrityError)
-        for field in [*identity, *before]:
+        for field in [*identity, *(name for name in before if name != BEGAN)]:
             old, new = before.get(field), identity.get(field)
             if old != new:
                 raise IntegrityError(
@@ -81,9 +92,13 @@ class TrainingDirectory:
 def describe(
     model: nn.Module, recipe: Recipe, seed: int, device: torch.device, processes: int
 ) -> dict[str, Any]:
-    """Return what decides the outcome of a training to the last bit, apart from its data."""
+    """Return what decides the outcome of a training, apart from its data.
+
+    To the last bit it also depends on the ``machine``, on which the same training has another rounding error;
+    which one a machine makes is no reason to train a network again.
+    """
     network = re.sub(r"0x[0-9a-f]+", "", repr(model))  # a function's address differs every time
-    facts = {
+    return {
         **{f"recipe.{name}": value for name, value in recipe.as_dict().items()},
         "seed": seed,
         "network": hashlib.sha256(network.encode()).hexdigest()[:16],
@@ -92,10 +107,13 @@ def describe(
         "processes": processes,
         "torch": torch.__version__,
     }
-    if device.type == "cpu":
-        # Sums over more threads or wider vectors round differently.
-        facts |= {"threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}
-    return facts
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Return what else decides it to the last bit: the order of sums."""
+    if device.type == "cuda":
+        return {"gpu": torch.cuda.get_device_name(device)}
+    return {"threads": torch.get_num_threads(), "vectors": torch.backends.cpu.get_cpu_capability()}
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

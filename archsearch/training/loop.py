@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import signal
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -21,17 +20,17 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from archsearch.errors import DivergedError, PreemptedError, StorageError, UsageError
+from archsearch.errors import DivergedError, StorageError, UsageError
 from archsearch.recipe import Recipe
 from archsearch.training.accelerator import accelerated
 from archsearch.training.allocator import keep_freed_memory
 from archsearch.training.callbacks import Callback, Row, State
-from archsearch.training.checkpoint import check_finite, restore_module
+from archsearch.training.checkpoint import REMEDY, check_finite, restore_module
 from archsearch.training.determinism import derive_seed, reproducible, seed_globals
-from archsearch.training.directory import TrainingDirectory, describe
+from archsearch.training.directory import TrainingDirectory, describe, machine
 from archsearch.training.evaluation import Evaluation, Split, Totals, evaluate, resolve_device, sum_over
 from archsearch.training.learner import Learner, Penalty
-from archsearch.training.signals import StopRequest
+from archsearch.training.signals import StopRequest, leave
 
 __all__ = ["Evaluation", "Split", "TrainResult", "evaluate", "train"]
 
@@ -137,7 +136,8 @@ def train(
             facts = describe(model, recipe, seed, accelerator.device, accelerator.num_processes)
             facts |= {"training images": len(data_train), "validation images": len(data_validation)}
             facts |= {"start step": start_step} if start_step else {}
-            folder.claim(stack, {**facts, **(identity or {})}, _checkpoints_bytes(model))
+            facts |= identity or {}
+            folder.claim(stack, facts, machine(accelerator.device), _checkpoints_bytes(model))
             if (finished := folder.result()) is not None:
                 restore_module(model, finished[1], directory)
                 return TrainResult(model.to(accelerator.device), **finished[0], reused=True)
@@ -288,10 +288,7 @@ class _Loop:
         if not math.isfinite(loss):
             state = self._state
             where = f"epoch {state.epoch + 1}, step {state.batch + 1} of {state.batches}, at lr {state.lr:g}"
-            raise DivergedError(
-                f"training diverged: the loss is {loss} in {where}; "
-                "try a smaller lr, a warm-up or clip_grad_norm=1"
-            )
+            raise DivergedError(f"training diverged: the loss is {loss} in {where}; {REMEDY}")
 
     def _count_time(self) -> None:
         now = time.monotonic()
@@ -307,12 +304,11 @@ class _Loop:
 
     def _leave(self) -> NoReturn:
         self._save()
-        if self._stop.signum == signal.SIGINT:
-            raise KeyboardInterrupt
         state = self._state
-        raise PreemptedError(
+        leave(
+            self._stop.signum,
             f"training stopped by a signal in epoch {state.epoch + 1}, after step {state.batch} of "
-            f"{state.batches}; a checkpoint was written, and the same command goes on from there"
+            f"{state.batches}; a checkpoint was written, and the same command goes on from there",
         )
 
 

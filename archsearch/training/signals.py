@@ -5,6 +5,12 @@ from __future__ import annotations
 import signal
 import threading
 from types import FrameType, TracebackType
+from typing import NoReturn
+
+from archsearch.errors import PreemptedError
+
+_open: list[StopRequest] = []
+"""Those whose contexts this process is in, the innermost last."""
 
 
 class StopRequest:
@@ -27,11 +33,14 @@ class StopRequest:
                 if before is not signal.SIG_IGN:  # nohup and background shells ignore on purpose
                     self._before[name] = before
                     signal.signal(name, self._note)
+            _open.append(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self in _open:
+            _open.remove(self)
         for name, before in self._before.items():
             signal.signal(name, before)  # type: ignore[arg-type]  # what getsignal gave
         if self.signum and kind is None:  # it came too late for the loop, so it is the caller's
@@ -44,3 +53,15 @@ class StopRequest:
         self.signum = signum
         for name in self._before:
             signal.signal(name, signal.SIG_DFL)
+
+
+def requested() -> int:
+    """Return the signal that asked the main thread to stop and that no loop has answered yet, else 0."""
+    return next((each.signum for each in reversed(_open) if each.signum), 0)
+
+
+def leave(signum: int, message: str) -> NoReturn:
+    """Raise what a signal stands for: KeyboardInterrupt, or PreemptedError with a message."""
+    if signum == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise PreemptedError(message)

@@ -19,8 +19,7 @@ class Engine(Protocol):
 
     Attributes:
         slots: How many tasks it works on at once; the driver submits no more.
-        threads: CPU threads of each task, which decide a training on the CPU to the last bit. The driver
-            writes them into the task.
+        threads: CPU threads of each task. The driver writes them into the task.
     """
 
     slots: int
