@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -35,6 +36,7 @@ class PaperDevice:
     ) -> None:
         self.block, self.noise, self.start_ms, self.drift = block, noise, start_ms, drift
         self.now_s, self.prepared, self.measured, self.speed = 0.0, 0, 0, 1.0
+        self.flags: Counter[str] = Counter()
         self._generator = np.random.default_rng(0)
 
     def prepare(self, model: nn.Module, example: Any) -> float:

@@ -10,6 +10,7 @@ from torch import nn
 from archsearch.cli.main import main
 from archsearch.errors import UsageError
 from archsearch.latency.bench import bench, computed_bytes, settled, short_names
+from archsearch.latency.devices import Call, Cpu
 from archsearch.latency.measure import Protocol
 from archsearch.models import resolve
 from archsearch.rebuild import Traced, trace_source
@@ -66,6 +67,30 @@ def test_names_are_as_long_as_they_must_be() -> None:
 def test_half_precision_takes_half_the_memory(resnet20: Traced) -> None:
     cost = resnet20.cost.reference
     assert computed_bytes(cost, 3, "float16") * 2 == computed_bytes(cost, 3, "float32")
+
+
+def test_memory_is_counted_where_every_call_takes_it_from_torch(
+    resnet20: Traced, files: dict[str, Path]
+) -> None:
+    class Counting(Cpu):
+        """A processor in the place of a GPU whose calls take 5000 bytes."""
+
+        kind = "cuda"
+
+        def working_bytes(self, call: Call) -> int:
+            return 5000
+
+        def capture(self, call: Call) -> Call:
+            return call
+
+    cost = resnet20.cost.reference
+    result = bench([files["half"]], device=Counting(), dtype="bfloat16", batch=2, protocol=QUICK)
+    assert result.entries[0].memory_bytes == 2 * (cost.params + 2 * 3 * 32 * 32) + 5000
+    assert all(entry.memory_measured for entry in result.entries)
+    # A replay takes nothing: what it needs was taken when it was recorded.
+    result = bench([files["half"]], runtime="cudagraph", device=Counting(), batch=2, protocol=QUICK)
+    assert result.entries[0].memory_bytes == computed_bytes(cost, 2, "float32")
+    assert not any(entry.memory_measured for entry in result.entries)
 
 
 def test_networks_of_two_references_are_not_compared(files: dict[str, Path]) -> None:

@@ -159,6 +159,95 @@ def test_an_engine_that_computes_something_else_is_refused() -> None:
         start_engine(random_block(0, 4, 6), EXAMPLE, wrong)
 
 
+@pytest.mark.parametrize("failing", ["start", "run"])
+def test_an_engine_that_fails_says_why_in_one_line(failing: str) -> None:
+    def broken() -> None:
+        raise RuntimeError("no kernel for this\nwhere: somewhere")
+
+    def start(model_bytes: bytes) -> Engine:
+        if failing == "start":
+            broken()
+        return Engine(broken, list)
+
+    with pytest.raises(UsageError, match=r"cannot run the network \(no kernel for this\): give another --ru"):
+        start_engine(random_block(0, 4, 6), EXAMPLE, start)
+
+
+def test_running_out_of_memory_is_not_called_a_network_that_cannot_run() -> None:
+    def start(model_bytes: bytes) -> Engine:
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        start_engine(random_block(0, 4, 6), EXAMPLE, start)
+
+
+class TensorCores(nn.Module):
+    """Layers that multiply as a GPU does in the precision that torch was told: TF32 has ten bits."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Conv2d(3, 3, 1, bias=False) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        told = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+        in_tf32 = told == "tf32" and not torch.compiler.is_exporting()
+        for layer in self.layers:
+            weight = layer.weight
+            x = torch.conv2d(ten_bits(x), ten_bits(weight)) if in_tf32 else torch.conv2d(x, weight)
+        return x
+
+
+def ten_bits(values: Tensor) -> Tensor:
+    mantissa, exponent = torch.frexp(values)
+    return torch.ldexp((mantissa * 2**11).round() / 2**11, exponent)
+
+
+def off_by(share: float) -> Any:
+    """Return a way to start an engine whose outputs are so far from the exact ones."""
+
+    def start(model_bytes: bytes) -> Engine:
+        right = started(model_bytes)
+        return Engine(right.call, lambda: [(1 + share) * tensor for tensor in right.outputs()])
+
+    return start
+
+
+def test_an_engine_is_compared_with_true_float32_and_in_tf32_may_be_as_far_as_torch_is() -> None:
+    model = TensorCores(12).eval()
+    before = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision  # type: ignore[attr-defined]
+    assert before[0] == "tf32"  # torch's default
+    expected = module.expectation(model, EXAMPLE, tf32=True)
+    tolerance = expected.tolerance
+    with torch.inference_mode():
+        rounded = difference([model(EXAMPLE)], expected.outputs)
+    assert 3e-4 < rounded < 2e-2
+    assert tolerance == max(1e-3, 4 * rounded)
+    assert module.expectation(model, EXAMPLE, tf32=False).tolerance == 1e-3
+    after = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision  # type: ignore[attr-defined]
+    assert after == before
+
+    start_engine(model, EXAMPLE, off_by(0.9 * tolerance), tf32=True)
+    for share, tf32 in ((1.1 * tolerance, True), (1.2e-3, False)):
+        with pytest.raises(UsageError, match="differs from torch's"):
+            start_engine(model, EXAMPLE, off_by(share), tf32=tf32)
+
+
+def test_what_half_precision_may_cost_depends_on_the_network() -> None:
+    shallow, deep = TensorCores(1).eval(), TensorCores(40).eval()
+    of_shallow, of_deep = (
+        module.expectation(model.bfloat16(), EXAMPLE.bfloat16(), tf32=False) for model in (shallow, deep)
+    )
+    assert of_shallow.tolerance == 2e-1
+    assert 2e-1 <= of_deep.tolerance <= 5e-1
+    exact = shallow.float()(EXAMPLE.bfloat16().float())  # of the weights as they were rounded
+    torch.testing.assert_close(of_shallow.outputs[0], exact.detach())
+    with torch.no_grad():
+        for parameter in shallow.parameters():
+            parameter.mul_(6e4)
+    assert module.expectation(shallow.half(), EXAMPLE.half(), tf32=False).overflown
+
+
 def test_a_network_that_no_exporter_takes_is_named() -> None:
     class Strange(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -14,7 +14,14 @@ from virtual_device import VirtualDevice
 from archsearch.errors import ResourceError, UsageError
 from archsearch.latency import measure as loop
 from archsearch.latency.devices import Cpu, opened
-from archsearch.latency.measure import Measurement, Protocol, beside_replay, measure, measure_interleaved
+from archsearch.latency.measure import (
+    Measurement,
+    Protocol,
+    beside_replay,
+    measure,
+    measure_beside_replays,
+    measure_interleaved,
+)
 from archsearch.latency.runtimes import pinned_threads
 
 QUICK = Protocol(warm_up_s=0.002, warm_up_calls=2, blocks=3, block_s=0.002)
@@ -63,7 +70,11 @@ def warms_up_by_calls_too(times: Times) -> None:
 
 
 CHECKS = (reports_the_truth, flushes_outside_of_the_time, drops_what_was_throttled, warms_up_by_calls_too)
-FLUSH = "        if flush:\n            device.flush()\n"
+FLUSH = """        if flush:
+            emptying = device.seconds()
+            device.flush()
+            began += device.seconds() - emptying
+"""
 START = "        start = device.event()\n"
 
 
@@ -164,6 +175,43 @@ def test_a_launch_bound_network_is_flagged() -> None:
     assert not beside_replay(*measure_interleaved([whole, device.capture(whole)], Protocol(), device)).flags
 
 
+def test_a_network_that_cannot_be_recorded_is_measured_without_its_replay() -> None:
+    class Refusing(VirtualDevice):
+        error: Exception
+
+        def capture(self, call: Any) -> Any:
+            if call.work_ms == 1.0:
+                raise self.error
+            return super().capture(call)
+
+    for error, why in (
+        (UsageError("it waits"), "not recordable as a CUDA graph: launch-bound share unknown"),
+        (ResourceError("full"), "no memory left to record a CUDA graph: launch-bound share unknown"),
+    ):
+        device = Refusing()
+        device.error = error
+        calls = [
+            device.call("A", 0.5, launch_ms=0.3, kernels=4),
+            device.call("B", 1.0),
+            device.call("C", 2.0),
+        ]
+        bound, refused, free = measure_beside_replays(calls, "torch", Protocol(), device)
+        assert bound.flags[0].startswith("launch-bound")
+        assert refused.flags == (why,)
+        assert refused.launch_bound is None
+        assert refused.milliseconds == pytest.approx([1.0] * 10, rel=1e-3)
+        assert refused.ratio == pytest.approx(1.0 / bound.median_ms)
+        assert free.flags == ()
+        assert free.replay_ms == pytest.approx(2.0)
+
+
+def test_only_what_can_be_replayed_is_recorded() -> None:
+    device = VirtualDevice()
+    (only,) = measure_beside_replays([device.call("A", 2.0)], "tensorrt", Protocol(), device)
+    assert only.replay_ms is None
+    assert "replay" not in device.log
+
+
 def test_nothing_to_measure_is_refused() -> None:
     with pytest.raises(UsageError, match="nothing to measure"):
         measure_interleaved([])
@@ -223,6 +271,33 @@ def test_a_process_that_has_to_wait_for_its_core_says_so() -> None:
     assert "the machine was busy" in measured.words
 
 
+def test_flushing_is_not_taken_for_a_busy_machine() -> None:
+    class Flushing(VirtualDevice):
+        """A processor: a call and a flush have ended when they return."""
+
+        busy = 1.0
+
+        def event(self) -> float:
+            return self.worked_ms
+
+        def _work(self, milliseconds: float) -> None:
+            self.worked_ms += milliseconds
+            self.wall_ms += milliseconds * self.busy
+
+    device = Flushing(kind="cpu", flush_ms=40.0)
+    (only,) = measure_interleaved(
+        [device.call("A", 2.0, launch_ms=0)], Protocol(blocks=3), device, flush=True
+    )
+    assert only.flags == ()
+    assert only.wall_ms == pytest.approx([2.0] * 3)
+    device.busy = 2.0
+    (only,) = measure_interleaved(
+        [device.call("A", 2.0, launch_ms=0)], Protocol(blocks=3), device, flush=True
+    )
+    assert only.wall_ms == pytest.approx([4.0] * 3)
+    assert only.words.startswith("the machine was busy: this process had its core 50% of the time")
+
+
 def test_threads_are_given_back_also_after_a_failure() -> None:
     before = torch.get_num_threads()
 
@@ -251,13 +326,3 @@ def test_there_is_no_other_device_to_fall_back_to() -> None:
     for name in ("cuda:99", "cuda:one", "tpu"):
         with pytest.raises(UsageError, match=f"--device {name}: there is no such device"):
             opened(name)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("runtime", ["torch", "compile", "cudagraph"])
-def test_a_gpu_is_measured(runtime: str) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 256, 3))
-    measured = measure(model, torch.randn(16, 3, 64, 64), runtime, "cuda", dtype="float16")
-    assert 0 < measured.median_ms < 100
-    assert measured.fingerprint["cuda"]

@@ -95,6 +95,13 @@ def test_a_stopped_profile_goes_on_and_ends_alike(tmp_path: Path) -> None:
     assert not journal.exists()
 
 
+def test_what_was_amiss_is_said_once_a_kind() -> None:
+    device, said = PaperDevice(), list[str]()
+    device.flags["throttled (heat)"] = 3
+    profiled(NETWORK, device, say=said.append).run()
+    assert [line for line in said if "throttled" in line] == ["throttled (heat): 3 measurements"]
+
+
 def test_a_journal_of_other_conditions_is_not_used(tmp_path: Path) -> None:
     journal = tmp_path / "part"
     profiled(NETWORK, PaperDevice(), journal=journal).run()

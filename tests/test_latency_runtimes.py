@@ -1,20 +1,24 @@
 from __future__ import annotations
 
+import contextlib
+import gc
 import re
 import sys
 import types
+import weakref
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 from virtual_device import VirtualDevice
 
-from archsearch.errors import UnknownNameError, UsageError
+from archsearch.errors import ResourceError, UnknownNameError, UsageError
 from archsearch.latency import runtimes
-from archsearch.latency.devices import Cpu, opened
+from archsearch.latency.devices import Cpu, Cuda, opened
 from archsearch.latency.fingerprint import differences, fingerprint
 from archsearch.latency.measure import Protocol, measure_interleaved
 from archsearch.latency.runtimes import RUNTIMES, prepare
@@ -183,6 +187,82 @@ def test_a_graph_is_replayed_in_place_of_the_kernels() -> None:
     assert len(model.seen) == 1
 
 
+class FakeCuda:
+    """The part of ``torch.cuda`` that records graphs; a graph knows no tensor, and what is run runs here."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.breaks: list[RuntimeError] = []
+        self.streams = [self.Stream()]
+        fake = self
+
+        class Graph:
+            def replay(self) -> None:
+                pass
+
+        @contextlib.contextmanager
+        def recording(graph: Graph, stream: object) -> Iterator[None]:
+            assert stream is fake.streams[-1]
+            try:
+                yield
+                for error in fake.breaks:
+                    raise error
+            finally:
+                if len(fake.breaks) > 1:
+                    raise fake.breaks[-1]
+
+        @contextlib.contextmanager
+        def stream(stream: FakeCuda.Stream) -> Iterator[None]:
+            fake.streams.append(stream)
+            yield
+            fake.streams.pop()
+
+        patch.setattr(torch.cuda, "CUDAGraph", Graph)
+        patch.setattr(torch.cuda, "graph", recording)
+        patch.setattr(torch.cuda, "Stream", lambda index: self.Stream())
+        patch.setattr(torch.cuda, "stream", stream)
+        patch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+        patch.setattr(torch.cuda, "current_stream", lambda index: self.streams[-1])
+        patch.setattr(torch.cuda, "synchronize", lambda index: None)
+
+    class Stream:
+        def wait_stream(self, other: object) -> None:
+            pass
+
+    def device(self) -> Cuda:
+        device = Cuda(0, ClockWatch())
+        device.name = "cpu"
+        return device
+
+
+def test_weights_and_input_live_as_long_as_the_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Seen(nn.Conv2d):
+        alive: ClassVar[list[weakref.ref[Tensor]]] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.alive[:] = map(weakref.ref, (self.weight, x))
+            return super().forward(x)
+
+    device = FakeCuda(monkeypatch).device()
+    call = prepare(Seen(3, 4, 3), EXAMPLE, "cudagraph", device=device)
+    gc.collect()
+    assert all(tensor() is not None for tensor in Seen.alive)
+    call()
+    del call
+    gc.collect()
+    assert all(tensor() is None for tensor in Seen.alive)
+
+
+def test_what_breaks_a_recording_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeCuda(monkeypatch)
+    device = fake.device()
+    fake.breaks = [RuntimeError("a call that waits\nC++ trace"), RuntimeError("invalidated")]
+    with pytest.raises(UsageError, match=r"recorded as a CUDA graph \(a call that waits\): give"):
+        device.capture(lambda: None)
+    fake.breaks = [torch.OutOfMemoryError("CUDA out of memory")]
+    with pytest.raises(ResourceError, match="no memory is left to record the network"):
+        device.capture(lambda: None)
+
+
 def test_a_cpu_has_no_graphs() -> None:
     with pytest.raises(UsageError, match="--runtime cudagraph"):
         Cpu().capture(lambda: None)
@@ -196,6 +276,8 @@ class FakeTensorRT(types.ModuleType):
         self.readable = readable
         self.addresses: dict[str, int] = {}
         self.ran: list[int] = []
+        self.cleared: list[str] = []
+        self.BuilderFlag = types.SimpleNamespace(TF32="tf32")
         self.Logger = type("Logger", (), {"ERROR": 1, "__init__": lambda self, level: None})
         self.NetworkDefinitionCreationFlag = types.SimpleNamespace(STRONGLY_TYPED=1)
         self.TensorIOMode = types.SimpleNamespace(INPUT="in", OUTPUT="out")
@@ -227,6 +309,7 @@ class FakeTensorRT(types.ModuleType):
             get_tensor_name = staticmethod(["x", "y"].__getitem__)
             get_tensor_mode = staticmethod({"x": "in", "y": "out"}.get)
             get_tensor_shape = staticmethod({"y": (2, 4, 6, 6)}.get)
+            get_tensor_dtype = staticmethod({"y": types.SimpleNamespace(name="FLOAT")}.get)
             create_execution_context = staticmethod(Context)
 
         class Builder:
@@ -234,7 +317,9 @@ class FakeTensorRT(types.ModuleType):
                 pass
 
             create_network = staticmethod(lambda flags: flags)
-            create_builder_config = staticmethod(lambda: None)
+            create_builder_config = staticmethod(
+                lambda: types.SimpleNamespace(clear_flag=fake.cleared.append)
+            )
             build_serialized_network = staticmethod(lambda network, config: b"plan")
 
         self.Builder, self.OnnxParser = Builder, Parser
@@ -259,9 +344,44 @@ def test_tensorrt_is_driven_in_its_order(monkeypatch: pytest.MonkeyPatch) -> Non
     call = prepare(net(), EXAMPLE, "tensorrt", device=VirtualDevice(name="cpu"))
     call()
     assert fake.ran == [7, 7, 7]  # to compare, to warm up, and ours
+    assert fake.cleared == ["tf32"]
+    prepare(net(), EXAMPLE, "tensorrt", device=VirtualDevice(name="cpu", tf32=True))
+    assert fake.cleared == ["tf32"]  # and not once more
     fake.readable = False
     with pytest.raises(UsageError, match=r"cannot read the network \(Unsupported op\)"):
         prepare(net(), EXAMPLE, "tensorrt", device=VirtualDevice(name="cpu"))
+
+
+def test_onnx_runtime_works_in_the_stream_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its real session, on the CPU, behind the options of a GPU."""
+    real = pytest.importorskip("onnxruntime")
+    told: list[Any] = []
+
+    class Session(real.InferenceSession):  # type: ignore[misc, name-defined]
+        def __init__(self, model: bytes, options: Any, providers: Any) -> None:
+            told.append(providers)
+            told.append(options.get_session_config_entry("session.disable_cpu_ep_fallback"))
+            super().__init__(model, providers=["CPUExecutionProvider"])
+
+        def io_binding(self) -> Any:
+            binding = super().io_binding()
+            bind_input, bind_output = binding.bind_input, binding.bind_output
+            binding.bind_input = lambda name, kind, *rest: bind_input(name, "cpu", *rest)
+            binding.bind_output = lambda name, kind, index: bind_output(name, "cpu", index)
+            return binding
+
+        def run_with_iobinding(self, binding: Any, run_options: Any = None) -> None:
+            told.append(run_options.get_run_config_entry("disable_synchronize_execution_providers"))
+            super().run_with_iobinding(binding)
+
+    monkeypatch.setattr(real, "InferenceSession", Session)
+    monkeypatch.setattr(real, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=7))
+    device = VirtualDevice(name="cpu", tf32=True)
+    prepare(net(), EXAMPLE, "onnxruntime", device=device)()
+    conditions = {"device_id": "0", "use_tf32": "1", "user_compute_stream": "7"}
+    assert told == [[("CUDAExecutionProvider", conditions)], "1", "1", "1", "1"]
+    assert device.log.count("wait") == 2  # before outputs are compared, and at the end of the preparation
 
 
 def test_the_driver_is_asked_for_the_reasons_that_are_faults_of_the_moment() -> None:
@@ -269,12 +389,34 @@ def test_the_driver_is_asked_for_the_reasons_that_are_faults_of_the_moment() -> 
         nvmlDeviceGetCurrentClocksThrottleReasons=lambda handle: 0x01 | 0x04 | 0x40,
         nvmlDeviceGetPowerManagementLimit=lambda handle: 350_000,
         nvmlSystemGetDriverVersion=lambda: "580.1",
+        NVMLError=RuntimeError,
     )
     watch = ClockWatch(nvml, "handle")
     assert watch.slowdowns() == {"thermal limit (hardware)"}  # an idle GPU and its power limit are none
     assert watch.facts() == {"driver": "580.1", "power_cap_w": 350.0}
     assert ClockWatch().slowdowns() == frozenset()
+    assert watch.watching
     assert not ClockWatch().watching
+    assert ClockWatch().facts() == {"driver": None, "power_cap_w": None}
+
+
+def test_a_driver_that_does_not_answer_a_question_is_still_asked_the_others() -> None:
+    class NotSupported(Exception):  # noqa: N818  (NVML's way)
+        pass
+
+    def refuses(handle: object) -> int:
+        raise NotSupported("Not Supported")
+
+    nvml = types.SimpleNamespace(
+        nvmlDeviceGetCurrentClocksThrottleReasons=refuses,
+        nvmlDeviceGetPowerManagementLimit=refuses,
+        nvmlSystemGetDriverVersion=lambda: "580.1",
+        NVMLError=NotSupported,
+    )
+    watch = ClockWatch(nvml, "handle")
+    assert watch.slowdowns() == frozenset()
+    assert not watch.watching
+    assert watch.facts() == {"driver": "580.1", "power_cap_w": None}
 
 
 # ------------------------------------------------------------------------------------------ fingerprint

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from virtual_device import VirtualDevice
 
 from archsearch.cli.main import main
@@ -68,12 +67,3 @@ def test_the_command_tells_each_finding_and_fails_with_a_bad_one(
     captured = capsys.readouterr()
     assert "BAD scale: 1 : 1 : 1" in captured.out
     assert "cannot be trusted (scale)" in captured.err
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_passes() -> None:
-    found = {each.name: each for each in selftest("cuda")}
-    assert found["scale"].ok, found["scale"].words
-    assert found["noise"].ok, found["noise"].words
-    assert found["triton.testing.do_bench"].ok, found["triton.testing.do_bench"].words

@@ -6,6 +6,7 @@ Every millisecond is given by the test, so that what the timing loop reports can
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,7 @@ class VirtualDevice:
 
     name: str = "virtual:0"
     kind: str = "cuda"
+    tf32: bool = False
     warm_ms: float = 150.0
     cold_factor: float = 3.0
     first_ms: float = 0.5
@@ -50,6 +52,9 @@ class VirtualDevice:
         start.kernels = kernels  # type: ignore[attr-defined]
         start.work_ms = work_ms  # type: ignore[attr-defined]
         return start
+
+    def current(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def seconds(self) -> float:
         return self.wall_ms / 1e3
@@ -77,10 +82,7 @@ class VirtualDevice:
     def capture(self, call: Any) -> Call:
         return self.call("replay", call.work_ms)
 
-    def held_bytes(self) -> int | None:
-        return None
-
-    def peak_bytes(self, call: Call) -> int | None:
+    def working_bytes(self, call: Call) -> int | None:
         return None
 
     def facts(self) -> dict[str, Any]:

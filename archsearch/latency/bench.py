@@ -16,7 +16,7 @@ from archsearch.cost import Cost
 from archsearch.errors import UsageError
 from archsearch.latency.devices import Device, opened
 from archsearch.latency.fingerprint import fingerprint
-from archsearch.latency.measure import beside_replay, measure_interleaved
+from archsearch.latency.measure import measure_beside_replays
 from archsearch.latency.measurement import DEFAULT, Measurement, Protocol
 from archsearch.latency.runtimes import DTYPES, RUNTIMES, check, prepare
 from archsearch.pictures import pyplot
@@ -35,7 +35,7 @@ class Entry:
         macs: Multiply-adds of one input.
         params: Parameters.
         memory_bytes: Weights and the activations that are needed at once, of the whole batch.
-        memory_measured: Whether the device counted them; else they are computed from the shapes.
+        memory_measured: Whether the device counted what a call takes; else it is computed from the shapes.
         batch: Inputs of a call.
         measurement: What a call took.
     """
@@ -136,10 +136,9 @@ def bench(
     found = _networks(paths, trust_code)
     shape = found[0].traced.input_shape
     example = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
-    calls, replays, memory = [], [], []
+    calls, memory = [], []
     for network in found:
         say(f"{network.name}: prepares {runtime}")
-        before = device.held_bytes()
         call = prepare(
             settled(network.build(), shape),
             example,
@@ -150,25 +149,21 @@ def bench(
             threads=protocol.threads,
         )
         calls.append(call)
-        peak = None if RUNTIMES[runtime].own_layout else device.peak_bytes(call)
-        memory.append(None if peak is None or before is None else peak - before)
-        if device.kind == "cuda" and RUNTIMES[runtime].recordable:
-            replays.append(device.capture(call))
+        memory.append(device.working_bytes(call) if RUNTIMES[runtime].counted else None)
     say(f"measures {len(calls)} networks in turn, {protocol.blocks} blocks each")
     facts = fingerprint(
         runtime, device, dtype, example=example, channels_last=channels_last, threads=protocol.threads
     )
-    measured = measure_interleaved([*calls, *replays], protocol, device, fingerprint=facts)
-    if replays:
-        pairs = zip(measured[: len(calls)], measured[len(calls) :], strict=True)
-        measured = [beside_replay(direct, replayed) for direct, replayed in pairs]
+    measured = measure_beside_replays(calls, runtime, protocol, device, fingerprint=facts)
     entries = [
         Entry(
             network.name,
             network.key,
             network.cost.macs,
             network.cost.params,
-            computed_bytes(network.cost, batch, dtype) if counted is None else counted,
+            computed_bytes(network.cost, batch, dtype)
+            if counted is None
+            else counted + (network.cost.params + example.numel()) * DTYPES[dtype].itemsize,
             counted is not None,
             batch,
             measurement,

@@ -6,15 +6,18 @@ without an accelerator. Nothing here changes clocks, power limits or any other s
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from archsearch.errors import UsageError
+from archsearch.errors import ResourceError, UsageError
 from archsearch.latency.watch import ClockWatch
 
 Call = Callable[[], None]
@@ -33,6 +36,13 @@ class Device(Protocol):
 
     name: str
     kind: str
+
+    @property
+    def tf32(self) -> bool:
+        """Whether float32 convolutions are computed in TF32; every runtime is told the same."""
+
+    def current(self) -> AbstractContextManager[None]:
+        """Make the device and its stream of work those that torch and the engines take by themselves."""
 
     def seconds(self) -> float:
         """Return the wall's clock."""
@@ -53,17 +63,15 @@ class Device(Protocol):
         """Return why the device runs slower than it could right now; empty where it does not."""
 
     def capture(self, call: Call) -> Call:
-        """Record what a call starts, and return a call that replays it as one.
+        """Record what a call starts; return a call that replays it as one, and keeps alive what it needs.
 
         Raises:
             UsageError: If the device cannot, or the call does what cannot be recorded.
+            ResourceError: If there is no memory left for it.
         """
 
-    def held_bytes(self) -> int | None:
-        """Return the memory that torch's tensors hold now; ``None`` where nobody counts it."""
-
-    def peak_bytes(self, call: Call) -> int | None:
-        """Return the most that they held while a call ran; ``None`` where nobody counts it."""
+    def working_bytes(self, call: Call) -> int | None:
+        """Return the most that a call takes beside what torch holds; ``None`` where nobody counts it."""
 
     def facts(self) -> dict[str, Any]:
         """Return what tells this device from another, and what its speed depends on."""
@@ -82,10 +90,15 @@ class Cpu:
     """
 
     name = kind = "cpu"
+    tf32 = False
 
     def __init__(self, threads: int = 1) -> None:
         self._clock = time.process_time if threads == 1 else time.perf_counter
         self._cache: torch.Tensor | None = None
+
+    def current(self) -> AbstractContextManager[None]:
+        """Do nothing: there is one, and it works in the order of the calls."""
+        return contextlib.nullcontext()
 
     def seconds(self) -> float:
         """Return the wall's clock."""
@@ -120,12 +133,8 @@ class Cpu:
         """
         raise UsageError("--runtime cudagraph: replays CUDA graphs: give --device cuda, or another runtime")
 
-    def held_bytes(self) -> int | None:
+    def working_bytes(self, call: Call) -> int | None:
         """Return nothing: torch does not count its memory on a CPU."""
-        return None
-
-    def peak_bytes(self, call: Call) -> int | None:
-        """Return nothing, likewise."""
         return None
 
     def facts(self) -> dict[str, Any]:
@@ -134,7 +143,11 @@ class Cpu:
 
 
 class Cuda:
-    """One GPU of this machine, through torch's current stream.
+    """One GPU of this machine, and one stream of it in which everything is prepared and measured.
+
+    It is not the default stream: there TensorRT adds waits to every call, and ONNX Runtime takes it for none
+    at all, since its handle is 0, and works in one of its own that our events do not see. ``opened`` gives
+    every caller the same object, and so the same stream.
 
     Args:
         index: Which one, as torch counts.
@@ -147,7 +160,21 @@ class Cuda:
         self.name = f"cuda:{index}"
         self._index = index
         self._watch = watch
+        self._stream = torch.cuda.Stream(index)
         self._cache: torch.Tensor | None = None
+
+    @property
+    def tf32(self) -> bool:
+        """Whether float32 convolutions are computed in TF32: torch's default, from Ampere on."""
+        asked: bool = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+        return asked and torch.cuda.get_device_properties(self._index).major >= 8
+
+    @contextlib.contextmanager
+    def current(self) -> Iterator[None]:
+        """Make the GPU and its stream torch's current ones, after what the caller's stream has under way."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._index))
+        with torch.cuda.device(self._index), torch.cuda.stream(self._stream):
+            yield
 
     @property
     def watching(self) -> bool:
@@ -163,9 +190,9 @@ class Cuda:
         torch.cuda.synchronize(self._index)
 
     def event(self) -> torch.cuda.Event:
-        """Record an event in the current stream."""
+        """Record an event in the stream."""
         event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._index))
+        event.record(self._stream)
         return event
 
     def elapsed_ms(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
@@ -184,39 +211,47 @@ class Cuda:
         return self._watch.slowdowns()
 
     def capture(self, call: Call) -> Call:
-        """Record a call as a CUDA graph, after three calls on a side stream as torch asks for.
+        """Record a call as a CUDA graph, after three calls in the same stream as torch asks for.
+
+        A graph knows tensors by their addresses alone, so that the call, which owns weights and input, is
+        kept with it. The stream is one of its own: where the recording breaks off, only that is left broken.
 
         Raises:
             UsageError: If the call waits for the GPU or allocates outside of torch.
+            ResourceError: If the GPU's memory does not suffice.
         """
-        graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(self._index)
-        stream.wait_stream(torch.cuda.current_stream(self._index))
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._index)
         try:
-            with torch.cuda.stream(stream):
-                for _ in range(3):
-                    call()
-            torch.cuda.current_stream(self._index).wait_stream(stream)
-            with torch.cuda.device(self._index), torch.cuda.graph(graph):
-                call()
+            with self.current():
+                stream.wait_stream(self._stream)
+                with torch.cuda.stream(stream):
+                    for _ in range(3):
+                        call()
+                    with torch.cuda.graph(graph, stream=stream):
+                        call()
+                self._stream.wait_stream(stream)
         except RuntimeError as error:
+            first = error.__context__ or error  # the end of a broken recording fails once more, and says less
+            if any(isinstance(each, torch.OutOfMemoryError) for each in (first, error)):
+                raise ResourceError(
+                    f"{self.name}: no memory is left to record the network as a CUDA graph: give a smaller"
+                    " --batch"
+                ) from error
             raise UsageError(
-                f"the network cannot be recorded as a CUDA graph ({str(error).splitlines()[0]}):"
+                f"the network cannot be recorded as a CUDA graph ({first_line(first)}):"
                 " give --runtime torch or compile"
             ) from error
-        return graph.replay
+        return holding(graph.replay, graph, call)
 
-    def held_bytes(self) -> int | None:
-        """Return what torch's allocator has given out."""
-        return torch.cuda.memory_allocated(self._index)
-
-    def peak_bytes(self, call: Call) -> int | None:
-        """Return the most that it had given out while a call ran."""
-        self.synchronise()
-        torch.cuda.reset_peak_memory_stats(self._index)
-        call()
-        self.synchronise()
-        return torch.cuda.max_memory_allocated(self._index)
+    def working_bytes(self, call: Call) -> int | None:
+        """Return the most that torch's allocator gave out while a call ran, beside what it had before."""
+        with self.current():
+            self.synchronise()
+            before = torch.cuda.memory_allocated(self._index)
+            torch.cuda.reset_peak_memory_stats(self._index)
+            call()
+            self.synchronise()
+        return torch.cuda.max_memory_allocated(self._index) - before
 
     def facts(self) -> dict[str, Any]:
         """Return the GPU's name, its compute capability, the driver and libraries, and its power limit."""
@@ -227,7 +262,7 @@ class Cuda:
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
             "cudnn_benchmark": torch.backends.cudnn.benchmark,
-            "tf32": torch.backends.cudnn.conv.fp32_precision == "tf32",  # type: ignore[attr-defined]
+            "tf32": self.tf32,
             **self._watch.facts(),
         }
 
@@ -253,6 +288,27 @@ def opened(device: str | torch.device | Device, threads: int = 1) -> Device:
     if kind != "cuda" or (number and not number.isdecimal()) or index >= present:
         names = ", ".join(["cpu", *(f"cuda:{each}" for each in range(present))])
         raise UsageError(f"--device {name}: there is no such device to measure on here; give one of {names}")
+    return _cuda(index)
+
+
+def holding(call: Call, *things: object) -> Call:
+    """Return a call that keeps alive what an engine or a graph knows by its address alone."""
+
+    def held() -> None:
+        call()
+
+    held.things = things  # type: ignore[attr-defined]
+    return held
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an engine's error says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@cache
+def _cuda(index: int) -> Cuda:
+    """Return the one object of a GPU: what was prepared in its stream is measured in it."""
     return Cuda(index, ClockWatch.of_cuda(index))
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from archsearch.errors import UsageError
-from archsearch.latency.devices import Call
+from archsearch.latency.devices import Call, holding
 from archsearch.latency.export import Engine, start_engine
-from archsearch.latency.runtimes import DTYPES, Setting, runtime
+from archsearch.latency.runtimes import Setting, runtime
 from archsearch.tracing import output_tensors
 
 
@@ -24,6 +24,8 @@ from archsearch.tracing import output_tensors
 )
 def onnxruntime(model: nn.Module, example: Any, setting: Setting) -> Call:
     """Run the exported network with ONNX Runtime; inputs lie ready on the device, no call copies them.
+
+    On a GPU it works in the device's stream and does not wait at the end of a call, as torch does.
 
     Raises:
         UsageError: If the installed one does not run on the device, or cannot run every part there.
@@ -40,14 +42,21 @@ def onnxruntime(model: nn.Module, example: Any, setting: Setting) -> Call:
     options.intra_op_num_threads = setting.threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    if kind != "cpu":
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     index = torch.device(setting.device.name).index or 0
+    conditions, each_run = {}, None
+    if kind == "cuda":
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        conditions = {
+            "device_id": str(index),
+            "use_tf32": str(int(setting.device.tf32)),
+            "user_compute_stream": str(torch.cuda.current_stream(setting.device.name).cuda_stream),
+        }
+        each_run = ort.RunOptions()
+        each_run.add_run_config_entry("disable_synchronize_execution_providers", "1")
     inputs = output_tensors(example)
 
     def start(model_bytes: bytes) -> Engine:
-        chosen = provider if kind == "cpu" else (provider, {"device_id": index})
-        session = ort.InferenceSession(model_bytes, options, providers=[chosen])
+        session = ort.InferenceSession(model_bytes, options, providers=[(provider, conditions)])
         binding = session.io_binding()
         for place, tensor in zip(session.get_inputs(), inputs, strict=True):
             element = np.dtype(str(tensor.dtype).removeprefix("torch."))
@@ -56,11 +65,15 @@ def onnxruntime(model: nn.Module, example: Any, setting: Setting) -> Call:
             binding.bind_output(place.name, kind, index)
 
         def call() -> None:
-            session.run_with_iobinding(binding)
+            session.run_with_iobinding(binding, each_run)
 
-        return Engine(call, lambda: [torch.from_numpy(array) for array in binding.copy_outputs_to_cpu()])
+        def outputs() -> list[Tensor]:
+            setting.device.synchronise()
+            return [torch.from_numpy(array) for array in binding.copy_outputs_to_cpu()]
 
-    return _holding(start_engine(model, example, start).call, inputs)
+        return Engine(call, outputs)
+
+    return holding(start_engine(model, example, start, tf32=setting.device.tf32).call, inputs)
 
 
 @runtime(
@@ -97,7 +110,7 @@ def openvino(model: nn.Module, example: Any, setting: Setting) -> Call:
 
         return Engine(call, outputs)
 
-    return _holding(start_engine(model, example, start).call, inputs)
+    return holding(start_engine(model, example, start).call, inputs)
 
 
 @runtime(
@@ -125,7 +138,10 @@ def tensorrt(model: nn.Module, example: Any, setting: Setting) -> Call:
         if not parser.parse(model_bytes):
             reason = parser.get_error(0).desc() if parser.num_errors else "no reason given"
             raise UsageError(f"--runtime tensorrt: cannot read the network ({reason}): give another runtime")
-        plan = builder.build_serialized_network(network, builder.create_builder_config())
+        config = builder.create_builder_config()
+        if not setting.device.tf32:
+            config.clear_flag(trt.BuilderFlag.TF32)  # it is set
+        plan = builder.build_serialized_network(network, config)
         if plan is None:
             raise UsageError("--runtime tensorrt: cannot build the network: give another runtime")
         deserializer = trt.Runtime(logger)
@@ -137,8 +153,9 @@ def tensorrt(model: nn.Module, example: Any, setting: Setting) -> Call:
             if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:
                 tensor = waiting.pop(0)
             else:
+                dtype = _OF_TENSORRT[engine.get_tensor_dtype(name).name]
                 shape = tuple(engine.get_tensor_shape(name))
-                tensor = torch.empty(shape, dtype=DTYPES[setting.dtype], device=setting.device.name)
+                tensor = torch.empty(shape, dtype=dtype, device=setting.device.name)
                 outputs.append(tensor)
             context.set_tensor_address(name, tensor.data_ptr())
 
@@ -150,16 +167,18 @@ def tensorrt(model: nn.Module, example: Any, setting: Setting) -> Call:
             return [tensor.cpu() for tensor in outputs]
 
         # An engine must outlive its context, and a runtime its engine.
-        return Engine(_holding(call, (deserializer, engine, inputs, outputs)), results)
+        return Engine(holding(call, deserializer, engine, inputs, outputs), results)
 
-    return start_engine(model, example, start).call
+    return start_engine(model, example, start, tf32=setting.device.tf32).call
 
 
-def _holding(call: Call, things: object) -> Call:
-    """Return a call that keeps alive what the engine knows by its address alone."""
-
-    def held() -> None:
-        call()
-
-    held.things = things  # type: ignore[attr-defined]
-    return held
+_OF_TENSORRT = {
+    "FLOAT": torch.float32,
+    "HALF": torch.float16,
+    "BF16": torch.bfloat16,
+    "INT64": torch.int64,
+    "INT32": torch.int32,
+    "INT8": torch.int8,
+    "UINT8": torch.uint8,
+    "BOOL": torch.bool,
+}

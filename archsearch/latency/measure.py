@@ -43,7 +43,7 @@ def measure(
 
     On a GPU, a network under ``torch`` or ``compile`` is measured as a replayed CUDA graph too, taking turns,
     and one that waits for its launches for more than a tenth of the time is flagged (not with ``flush``,
-    which the wall's clock would count).
+    which the wall's clock would count there).
 
     Args:
         network: The network, which is not changed, or a call.
@@ -75,11 +75,42 @@ def measure(
         channels_last=channels_last,
         threads=protocol.threads,
     )
-    calls = [call]
-    if device.kind == "cuda" and RUNTIMES[runtime].recordable and not flush:
-        calls.append(device.capture(call))
-    measured = measure_interleaved(calls, protocol, device, flush=flush, fingerprint=conditions)
-    return beside_replay(*measured) if len(calls) == 2 else measured[0]
+    if flush:
+        return measure_interleaved([call], protocol, device, flush=True, fingerprint=conditions)[0]
+    return measure_beside_replays([call], runtime, protocol, device, fingerprint=conditions)[0]
+
+
+def measure_beside_replays(
+    calls: Sequence[Call],
+    runtime: str,
+    protocol: Protocol,
+    device: Device,
+    *,
+    fingerprint: Mapping[str, Any] | None = None,
+) -> list[Measurement]:
+    """Measure several calls in turn, and with them their replays as CUDA graphs where there are such.
+
+    Args:
+        calls: What ``prepare`` made; the first is the reference.
+        runtime: That they were prepared for.
+        protocol: How often and how long.
+        device: Where the calls run.
+        fingerprint: Kept with every measurement.
+
+    Raises:
+        UsageError: If there are no calls.
+        ResourceError: If the device slows itself down so often that nothing can be said.
+    """
+    if device.kind != "cuda" or not RUNTIMES[runtime].recordable:
+        return measure_interleaved(calls, protocol, device, fingerprint=fingerprint)
+    recorded = [_recorded(call, device) for call in calls]
+    replays = [one for one in recorded if not isinstance(one, str)]
+    measured = measure_interleaved([*calls, *replays], protocol, device, fingerprint=fingerprint)
+    replayed = iter(measured[len(calls) :])
+    return [
+        beside_replay(direct, one if isinstance(one, str) else next(replayed))
+        for direct, one in zip(measured[: len(calls)], recorded, strict=True)
+    ]
 
 
 def measure_interleaved(
@@ -108,7 +139,7 @@ def measure_interleaved(
     if not calls:
         raise UsageError("nothing to measure: give at least one network")
     device = opened(device, protocol.threads)
-    with pinned_threads(protocol.threads):
+    with pinned_threads(protocol.threads), device.current():
         counts = [_warm_up(call, device, protocol) for call in calls]
         rounds, dropped = _rounds(calls, counts, device, protocol, flush, on_block)
     flags = []
@@ -134,8 +165,11 @@ def measure_interleaved(
     return measured
 
 
-def beside_replay(direct: Measurement, replayed: Measurement) -> Measurement:
-    """Return a measurement with what the replay of the same network says about it."""
+def beside_replay(direct: Measurement, replayed: Measurement | str) -> Measurement:
+    """Return a measurement with what the replay of the same network, or the lack of one, says about it."""
+    if isinstance(replayed, str):
+        flag = f"{replayed}: launch-bound share unknown"
+        return replace(direct, flags=(*direct.flags, flag))
     both = replace(direct, replay_ms=replayed.median_ms)
     share = both.launch_bound or 0.0
     if share <= LAUNCH_BOUND:
@@ -145,6 +179,16 @@ def beside_replay(direct: Measurement, replayed: Measurement) -> Measurement:
 
 
 # ---------------------------------------------------------------------------------------------- private
+
+
+def _recorded(call: Call, device: Device) -> Call | str:
+    """Return the replay of a call, or why there is none: the call itself can be measured without."""
+    try:
+        return device.capture(call)
+    except ResourceError:
+        return "no memory left to record a CUDA graph"
+    except UsageError:
+        return "not recordable as a CUDA graph"
 
 
 @dataclass(frozen=True)
@@ -223,13 +267,16 @@ def _rounds(
 def _block(call: Call, count: int, device: Device, flush: bool) -> _Block:
     """Time ``count`` calls, after one that is not counted; wait for the device once, at the end.
 
-    Nothing is under way when a block starts, since the warm-up and the block before it have waited.
+    Nothing is under way when a block starts, since the warm-up and the block before it have waited. The
+    wall's time is without the flushing where that has ended when it returns, as on a CPU.
     """
     marks = []
     began = device.seconds()
     for _ in range(count + 1):
         if flush:
+            emptying = device.seconds()
             device.flush()
+            began += device.seconds() - emptying
         start = device.event()
         call()
         marks.append((start, device.event()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -12,6 +13,7 @@ from torch import nn
 
 from archsearch.errors import UsageError
 from archsearch.latency import measure
+from archsearch.latency.devices import opened
 from archsearch.latency.measurement import FEWEST_BLOCKS
 
 
@@ -68,20 +70,23 @@ class Settings:
     @property
     def cells(self) -> measure.Protocol:
         """How long a cell is measured."""
-        return measure.Protocol(
-            warm_up_s=0.01,
-            warm_up_calls=5,
-            blocks=self.blocks,
-            block_s=0.005,
-            max_s=2.0,
-            threads=self.threads,
-        )
+        return self._protocol(warm_up_s=0.01, block_s=0.005, max_s=2.0)
 
     @property
     def networks(self) -> measure.Protocol:
         """How long a network is."""
+        return self._protocol(warm_up_s=0.1, block_s=0.04, max_s=5.0)
+
+    def _protocol(self, *, warm_up_s: float, block_s: float, max_s: float) -> measure.Protocol:
+        """Return a protocol; a GPU needs longer than a processor until its clocks are up."""
+        on_gpu = self.device.startswith("cuda")
         return measure.Protocol(
-            warm_up_s=0.1, warm_up_calls=5, blocks=self.blocks, block_s=0.04, max_s=5.0, threads=self.threads
+            warm_up_s=max(warm_up_s, 0.2) if on_gpu else warm_up_s,
+            warm_up_calls=10 if on_gpu else 5,
+            blocks=self.blocks,
+            block_s=block_s,
+            max_s=max_s,
+            threads=self.threads,
         )
 
 
@@ -90,7 +95,13 @@ Made: TypeAlias = tuple[nn.Module, Any]
 
 
 class Meter(Protocol):
-    """What prepares and measures networks; the tests have one with a clock of its own."""
+    """What prepares and measures networks; the tests have one with a clock of its own.
+
+    Attributes:
+        flags: What had to be said of measurements, such as ``"cut short"``, and of how many.
+    """
+
+    flags: Counter[str]
 
     def prepare(self, model: nn.Module, example: Any) -> Any:
         """Return a call that runs a network."""
@@ -106,10 +117,19 @@ class Meter(Protocol):
 
 
 class RuntimeMeter:
-    """Measure with a runtime on a device."""
+    """Measure with a runtime on a device.
+
+    On a GPU, cells are measured with an empty second-level cache, since inside a network the layers before
+    drive their weights out of it; networks are measured warm, and beside their replays where there are such.
+
+    Attributes:
+        flags: What had to be said of measurements, such as ``"cut short"``, and of how many.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._device = opened(settings.device, settings.threads)
+        self.flags: Counter[str] = Counter()
 
     def prepare(self, model: nn.Module, example: Any) -> Any:
         """Return a call that runs a network."""
@@ -118,7 +138,7 @@ class RuntimeMeter:
             model,
             example,
             chosen.runtime,
-            device=chosen.device,
+            device=self._device,
             dtype=chosen.dtype,
             channels_last=chosen.channels_last,
             threads=chosen.threads,
@@ -126,7 +146,13 @@ class RuntimeMeter:
 
     def measure(self, calls: Sequence[Any], protocol: measure.Protocol) -> list[tuple[float, ...]]:
         """Return the milliseconds of a call in each block, the blocks of the calls taking turns."""
-        measured = measure.measure_interleaved(calls, protocol, self._settings.device)
+        chosen, on_gpu = self._settings, self._device.kind == "cuda"
+        if on_gpu and protocol == chosen.networks:
+            measured = measure.measure_beside_replays(calls, chosen.runtime, protocol, self._device)
+        else:
+            flush = on_gpu and protocol == chosen.cells
+            measured = measure.measure_interleaved(calls, protocol, self._device, flush=flush)
+        self.flags.update(flag.partition(":")[0] for one in measured for flag in one.flags)
         return [one.milliseconds for one in measured]
 
     def seconds(self) -> float:

@@ -139,6 +139,7 @@ class Profile:
         order = np.random.default_rng(self._settings.seed).permutation(len(roles))
         jobs = [self._network_job(*roles[place]) for place in order]
         self._bench.measure("network", jobs)
+        self._bench.say_flags()
         return LatencyTable(
             Content(
                 format=FORMAT,

@@ -59,6 +59,7 @@ class Runtime:
         packages: Modules that it needs beside torch; the extra of its own name installs them.
         distributions: Whose versions decide its speed.
         own_layout: Whether it decides itself how tensors lie in memory.
+        counted: Whether each call takes its memory from torch, which counts it on a GPU.
         recordable: Whether its calls can be recorded as a CUDA graph.
     """
 
@@ -67,6 +68,7 @@ class Runtime:
     packages: tuple[str, ...] = ()
     distributions: tuple[str, ...] = ("torch",)
     own_layout: bool = False
+    counted: bool = False
     recordable: bool = False
 
 
@@ -114,7 +116,6 @@ def prepare(
     check(runtime, device, dtype)
     setting = Setting(device, dtype, threads)
     model = copy.deepcopy(model).eval().requires_grad_(False)
-    model.to(device=device_of(device), dtype=DTYPES[dtype])
     layout = torch.channels_last if channels_last and not chosen.own_layout else torch.contiguous_format
 
     def placed(value: Any) -> Any:
@@ -125,12 +126,13 @@ def prepare(
             value = value.to(DTYPES[dtype])
         return value.contiguous(memory_format=layout) if value.ndim == 4 else value.contiguous()
 
-    if all(parameter.ndim != 5 for parameter in model.parameters()):  # there is no such layout of volumes
-        model.to(memory_format=layout)
-    with pinned_threads(threads):
+    with pinned_threads(threads), device.current():
+        model.to(device=device_of(device), dtype=DTYPES[dtype])
+        if all(parameter.ndim != 5 for parameter in model.parameters()):  # there is no such layout of volumes
+            model.to(memory_format=layout)
         call = chosen.start(model, pytree.tree_map(placed, example), setting)
         call()
-    device.synchronise()
+        device.synchronise()
     return call
 
 
@@ -181,7 +183,7 @@ _COMPILER = (
 )
 
 
-@runtime("torch", dtypes={"cpu": _ALL, "cuda": _ALL}, recordable=True)
+@runtime("torch", dtypes={"cpu": _ALL, "cuda": _ALL}, counted=True, recordable=True)
 def eager(model: nn.Module, example: Any, setting: Setting) -> Call:
     """Run torch's kernels one after the other, as most scripts do."""
 
@@ -192,7 +194,7 @@ def eager(model: nn.Module, example: Any, setting: Setting) -> Call:
     return call
 
 
-@runtime("compile", dtypes={"cpu": _ALL, "cuda": _ALL}, recordable=True)
+@runtime("compile", dtypes={"cpu": _ALL, "cuda": _ALL}, counted=True, recordable=True)
 def compiled(model: nn.Module, example: Any, setting: Setting) -> Call:
     """Run what ``torch.compile`` makes of the network, for exactly this shape.
 
@@ -227,5 +229,10 @@ def compiled(model: nn.Module, example: Any, setting: Setting) -> Call:
 
 @runtime("cudagraph", dtypes={"cuda": _ALL})
 def cudagraph(model: nn.Module, example: Any, setting: Setting) -> Call:
-    """Replay torch's kernels as one CUDA graph: what they take when none waits to be launched."""
+    """Replay torch's kernels as one CUDA graph: what they take when none waits to be launched.
+
+    Raises:
+        UsageError: If the network cannot be recorded.
+        ResourceError: If there is no memory left for it.
+    """
     return setting.device.capture(eager(model, example, setting))

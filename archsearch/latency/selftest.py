@@ -47,7 +47,7 @@ def selftest(device: str | Device = "cpu", protocol: Protocol = DEFAULT) -> Iter
     measured = measure_interleaved([once, twice, four_times, once], protocol, device)
     yield check_scale(measured[:3])
     yield check_same(measured[3])
-    with pinned_threads(protocol.threads):
+    with pinned_threads(protocol.threads), device.current():
         yield check_timer(device, four_times, median(measured[2].wall_ms))
         if device.kind == "cuda":
             yield from _checks_of_cuda(device, four_times, measured[2], protocol)

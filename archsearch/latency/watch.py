@@ -47,19 +47,31 @@ class ClockWatch:
 
     @property
     def watching(self) -> bool:
-        """Whether anything is told here."""
-        return self._nvml is not None
+        """Whether anybody tells here when the GPU slows down."""
+        return self._reasons() is not None
 
     def slowdowns(self) -> frozenset[str]:
         """Return why clocks are below the highest right now; empty where they are not, or nobody tells."""
-        if self._nvml is None:
-            return frozenset()
-        bits = self._nvml.nvmlDeviceGetCurrentClocksThrottleReasons(self._handle)
+        bits = self._reasons() or 0
         return frozenset(name for bit, name in _REASONS.items() if bits & bit)
 
     def facts(self) -> dict[str, Any]:
         """Return the driver's version and the power limit in watts; ``None`` where nobody tells."""
+        milliwatts = self._asked("nvmlDeviceGetPowerManagementLimit", self._handle)
+        return {
+            "driver": self._asked("nvmlSystemGetDriverVersion"),
+            "power_cap_w": None if milliwatts is None else milliwatts / 1000,
+        }
+
+    def _reasons(self) -> int | None:
+        bits: int | None = self._asked("nvmlDeviceGetCurrentClocksThrottleReasons", self._handle)
+        return bits
+
+    def _asked(self, query: str, *about: Any) -> Any:
+        """Return NVML's answer; ``None`` where it has none, such as for the power limit of many laptops."""
         if self._nvml is None:
-            return {"driver": None, "power_cap_w": None}
-        milliwatts = self._nvml.nvmlDeviceGetPowerManagementLimit(self._handle)
-        return {"driver": self._nvml.nvmlSystemGetDriverVersion(), "power_cap_w": milliwatts / 1000}
+            return None
+        try:
+            return getattr(self._nvml, query)(*about)
+        except self._nvml.NVMLError:
+            return None

@@ -139,6 +139,11 @@ class Workbench:
             done += len(group)
             self._progress(title or what, done, len(jobs))
 
+    def say_flags(self) -> None:
+        """Say what was amiss with measurements, each kind once."""
+        for kind, count in self._meter.flags.items():
+            self._say(f"{kind}: {count} measurements")
+
     def _reference(self, what: str) -> Any:
         if what not in self._ready:
             self._ready[what] = self._meter.prepare(*self._references[what]())
