@@ -21,7 +21,8 @@ from archsearch.rebuild import Traced
 from archsearch.recipe import Recipe
 from archsearch.results import Arm
 from archsearch.training.callbacks import Callback, MetricsFile
-from archsearch.training.directory import describe
+from archsearch.training.checkpoint import restore_module
+from archsearch.training.directory import TrainingDirectory, describe
 from archsearch.training.evaluation import Split, evaluate, resolve_device
 from archsearch.training.loop import TrainResult, train
 
@@ -121,6 +122,29 @@ class Trainer:
             ),
             label,
         )
+        return self._measured(label, result, recipe, directory)
+
+    def kept(self, label: str, model: nn.Module, recipe: Recipe, directory: Path) -> Trained:
+        """Return a network that was trained somewhere, such as on another device, read from its directory.
+
+        Args:
+            label: What the arm is called in progress lines.
+            model: A fresh one, which gets the weights.
+            recipe: That it was trained by.
+            directory: Of the training.
+
+        Raises:
+            IntegrityError: If the training is not finished, or is of another network.
+        """
+        found = TrainingDirectory(directory, is_main=False).result()
+        if found is None:
+            raise IntegrityError(f"{directory}: the training is not finished: the same command goes on")
+        facts, weights = found
+        restore_module(model, weights, directory)
+        model.to(resolve_device(self.device))
+        return self._measured(label, TrainResult(model, **facts, reused=True), recipe, directory)
+
+    def _measured(self, label: str, result: TrainResult, recipe: Recipe, directory: Path) -> Trained:
         if self.blind:
             accuracy, images = result.last_accuracy, "validation images"
         else:

@@ -57,16 +57,17 @@ def test_networks_without_a_value_are_left_out_and_a_flat_objective_has_no_corre
         Calibration.of({}, [[1.0, float("nan"), 2.0], [1.0, 2.0, float("nan")]], seed=0)
 
 
-def test_networks_are_carried_out_in_their_order_and_one_that_diverged_is_nan() -> None:
+def test_networks_are_carried_out_in_their_order_and_one_that_diverged_has_no_value() -> None:
     def value(widths: Mapping[str, int], seed: int) -> float:
         return float(widths["a"] + seed)
 
-    assert carried_out(Direct(value), [({"a": 3}, 1), ({"a": 1}, 0)]) == [4.0, 1.0]
+    found = carried_out(Direct(value), [({"a": 3}, 1), ({"a": 1}, 0)])
+    assert [each.value for each in found] == [4.0, 1.0]
 
     class Lost(Direct):
         def found(self, number: int) -> Finding | None:
             return Finding(reason=("diverged" if number == 0 else "lost", "why"))
 
-    assert np.isnan(carried_out(Lost(value), [({"a": 3}, 1)])[0])
+    assert carried_out(Lost(value), [({"a": 3}, 1)])[0].value is None
     with pytest.raises(ArchsearchError, match="finals: network 2, seed 0: why"):
         carried_out(Lost(value), [({"a": 3}, 1), ({"a": 1}, 0)], "finals")

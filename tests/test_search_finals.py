@@ -1,15 +1,25 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from find_case import FACTORY
 from torch import nn
+from training_case import RECIPE, source
 
+from archsearch.errors import DivergedError
+from archsearch.models import resolve
+from archsearch.rebuild import trace_source
 from archsearch.results import Arm
 from archsearch.search import finals as finals_module
 from archsearch.search.finals import Finalist, Outcome, finals
+from archsearch.search.trial import Scratch as OwnScratch
+from archsearch.search.work import Finding
+from archsearch.trainer import Trainer
 
 UNIFORM, PRUNER, SEARCH = (Finalist(name, {}) for name in ("uniform", "l1_norm", "search"))
 
@@ -74,3 +84,45 @@ def test_uniform_widths_that_are_too_slow_are_not_exported_either(monkeypatch: p
 def test_where_all_are_too_slow_accuracy_alone_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     outcome = decided(monkeypatch, CLEAR, ["uniform", "l1_norm", "search"])
     assert outcome.exported == PRUNER
+
+
+def test_finalists_are_read_from_where_workers_trained_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traced = trace_source(resolve(FACTORY, trust_code=True), {}, (2, 6, 6))
+    recipe = RECIPE.with_(epochs=1)
+    trainer = Trainer(source(), "cpu", tmp_path)
+    scratch = OwnScratch(traced, recipe, "scratch-e")
+    # Somewhere else, by two processes: no address of this one.
+    monkeypatch.setattr("archsearch.trainer.processes", lambda: 2)
+    widths = dict(traced.graph.sizes)
+    trained = {seed: scratch(trainer.blinded(), "worker", widths, seed) for seed in (10_000, 10_001)}
+    monkeypatch.undo()
+    found = [
+        Finding(trained[seed].accuracy, facts={"training": str(trained[seed].directory)}) for seed in trained
+    ]
+    given: list[Any] = []
+
+    def work(networks: Any, what: str) -> list[Finding]:
+        given.extend(networks)
+        return found
+
+    worth: Any = SimpleNamespace(
+        scratch=scratch,
+        traced=traced,
+        blind=trainer.blinded(),
+        crew=SimpleNamespace(name="ray"),
+        trained=work,
+    )
+    quest: Any = SimpleNamespace(finals=2, plan=SimpleNamespace(seed=0))
+    before = len(list(tmp_path.rglob("result.json")))
+    outcome = finals([Finalist("uniform", widths)], worth, trainer, quest)
+    assert given == [(widths, 10_000), (widths, 10_001)]
+    assert outcome.validation["uniform"] == [each.accuracy for each in trained.values()]
+    assert len(list(tmp_path.rglob("result.json"))) == before
+    assert len(list(tmp_path.rglob("test.json"))) == 2
+    for name, tensor in outcome.model.state_dict().items():
+        assert torch.equal(tensor, trained[10_000].model.state_dict()[name])
+    found[1] = Finding(reason=("diverged", "the loss is nan"))
+    with pytest.raises(DivergedError, match="a finalist, seed 10001: the loss is nan"):
+        finals([Finalist("uniform", widths)], worth, trainer, quest)

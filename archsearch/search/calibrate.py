@@ -136,7 +136,8 @@ def calibrated(quest: Quest, surface: Surface, worth: Worth) -> Calibration:
 
     def trained(share: float, seed: int) -> Sequence[float]:
         networks = [(each, seed) for each in widths]
-        return worth.trained(networks, CALIBRATION, f"{round(100 * share)}-{seed}", share)
+        found = worth.trained(networks, CALIBRATION, f"{round(100 * share)}-{seed}", share)
+        return [float("nan") if each.value is None else each.value for each in found]
 
     objectives = {name: [value(each, 0) for each in widths] for name, value in worth.direct.items()}
     objectives["short"] = list(trained(quest.short, seed))

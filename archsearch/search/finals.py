@@ -8,23 +8,29 @@ are what is exported.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 
 import optuna
 from torch import nn
 
 from archsearch.cost import CostModel
+from archsearch.errors import DivergedError
 from archsearch.results import Arm, gain
 from archsearch.search.quest import Quest
 from archsearch.search.sampler import told
 from archsearch.search.trial import Scratch
+from archsearch.search.trial import fresh as fresh_network
 from archsearch.search.worth import Worth
-from archsearch.trainer import Trainer, arm_of
+from archsearch.trainer import Trained, Trainer, arm_of
 
 FINALS = "finals"
 """Where the tasks of workers are."""
+
+Train = Callable[[Trainer, str, Mapping[str, int], int], Trained]
+"""Returns the trained network of widths and a seed, as ``Scratch`` does."""
 
 FRESH = 10_000
 """The first seed of the finals, after that of the search."""
@@ -95,22 +101,38 @@ def finals(
             exported where all do.
     """
     fresh = seeds_of(quest.finals, quest.plan.seed)
-    if worth.crew.name != "inline":
-        # Workers train them side by side; below they are found in the store.
-        worth.trained([(each.widths, s) for each in finalists for s in fresh], FINALS)
-    return _decided(finalists, worth.scratch, worth.blind, trainer, fresh, too_slow)
+    train = worth.scratch if worth.crew.name == "inline" else _side_by_side(finalists, worth, fresh)
+    return _decided(finalists, worth.scratch, train, worth.blind, trainer, fresh, too_slow)
+
+
+def _side_by_side(finalists: Sequence[Finalist], worth: Worth, fresh: Sequence[int]) -> Train:
+    """Have workers train the finalists, on whatever device; return what reads the trained networks."""
+    networks = [(each.widths, seed) for each in finalists for seed in fresh]
+    places = {}
+    for (widths, seed), found in zip(networks, worth.trained(networks, FINALS), strict=True):
+        if found.value is None:
+            raise DivergedError(f"a finalist, seed {seed}: {found.reason[1] if found.reason else 'no value'}")
+        places[tuple(widths.items()), seed] = Path(found.facts["training"])
+
+    def read(trainer: Trainer, label: str, widths: Mapping[str, int], seed: int) -> Trained:
+        model = fresh_network(worth.traced, widths, seed)
+        recipe = worth.scratch.recipe_of(widths)
+        return trainer.kept(label, model, recipe, places[tuple(widths.items()), seed])
+
+    return read
 
 
 def _decided(
     finalists: Sequence[Finalist],
     scratch: Scratch,
+    train: Train,
     blind: Trainer,
     trainer: Trainer,
     fresh: Sequence[int],
     too_slow: Collection[str],
 ) -> Outcome:
     validation = {
-        each.name: [scratch(blind, each.name, each.widths, s).accuracy for s in fresh] for each in finalists
+        each.name: [train(blind, each.name, each.widths, s).accuracy for s in fresh] for each in finalists
     }
     # On validation alone: what the test set says can no longer change the choice.
     unmeasured = {
@@ -126,7 +148,7 @@ def _decided(
     exported = chosen if better or uniform not in running else uniform
     arms, models = [], {}
     for each in finalists:
-        trained = [scratch(trainer, f"{each.name}, seed {s}", each.widths, s) for s in fresh]
+        trained = [train(trainer, f"{each.name}, seed {s}", each.widths, s) for s in fresh]
         name = f"{each.name}, {scratch.budget}"
         arms.append(arm_of(name, each.name, scratch.budget, scratch.traced.cost.of(each.widths), trained))
         models[each.name] = trained[0].model

@@ -15,7 +15,7 @@ from archsearch.search.inherit import inherited
 from archsearch.search.quest import Quest
 from archsearch.search.reference import Reference
 from archsearch.search.trial import Scratch
-from archsearch.search.work import Direct, Value, Work
+from archsearch.search.work import Direct, Finding, Value, Work
 from archsearch.trainer import Say, Trainer
 
 Network = tuple[Mapping[str, int], int]
@@ -61,7 +61,7 @@ class Worth:
 
     def trained(
         self, networks: Sequence[Network], what: str, place: str = "", share: float = 1.0
-    ) -> Sequence[float]:
+    ) -> Sequence[Finding]:
         """Have networks trained, as many at once as there are workers; return what ``carried_out`` does.
 
         Args:
@@ -84,10 +84,10 @@ class Worth:
 
 def carried_out(
     work: Work, networks: Sequence[Network], what: str = "networks", say: Say = lambda line: None
-) -> list[float]:
-    """Have networks trained, as many at once as there are slots, and return their validation accuracies.
+) -> list[Finding]:
+    """Have networks trained, as many at once as there are slots, and return what was found of each.
 
-    They are in percent, and NaN of a network that diverged.
+    Those without a value, which is the validation accuracy in percent, diverged.
 
     Args:
         work: Is not closed.
@@ -98,7 +98,7 @@ def carried_out(
     Raises:
         ArchsearchError: If one could not be trained for another reason.
     """
-    values: dict[int, float] = {}
+    findings: dict[int, Finding] = {}
     waiting, running = list(range(len(networks))), set[int]()
     aside = work.slots > 1  # what trains here speaks for itself
     if aside:
@@ -116,9 +116,10 @@ def carried_out(
             if found.reason is not None and found.reason[0] != "diverged":
                 seed = networks[number][1]
                 raise ArchsearchError(f"{what}: network {number + 1}, seed {seed}: {found.reason[1]}")
-            values[number] = float("nan") if found.value is None else found.value
+            findings[number] = found
             if aside:
-                say(f"{what}: {len(values)} of {len(networks)}: {values[number]:.2f} % on validation images")
+                said = "diverged" if found.value is None else f"{found.value:.2f} % on validation images"
+                say(f"{what}: {len(findings)} of {len(networks)}: {said}")
         if not ended:
             time.sleep(POLL_S)
-    return [values[number] for number in range(len(networks))]
+    return [findings[number] for number in range(len(networks))]
