@@ -17,8 +17,9 @@ settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
-# A shell that starts the tests in the background lets them ignore Ctrl-C, which some send to themselves.
+# A shell in the background, or nohup, lets the tests ignore signals that some of them send to themselves.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture
