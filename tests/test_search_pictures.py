@@ -11,8 +11,10 @@ from search_case import GROUPS, make_run
 from archsearch import files
 from archsearch.errors import IntegrityError, StorageError, UsageError
 from archsearch.models import resolve
+from archsearch.pictures import pyplot
 from archsearch.pruning import uniform_widths
 from archsearch.rebuild import trace_source
+from archsearch.search import pictures
 from archsearch.search.model import AdditiveModel
 from archsearch.search.overview import Overview
 from archsearch.search.page import write_plots
@@ -41,6 +43,22 @@ def test_every_picture_of_a_finished_search_is_drawn(tmp_path: Path) -> None:
             assert path.read_bytes().startswith(PNG)
             assert path.stat().st_size > 5_000  # an empty page of this size has less
     assert (tmp_path / "study.db").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["l1_norm", "regression:knapsack", "one with a very long name:knapsack"])
+def test_a_legend_of_long_names_stays_inside_its_picture(name: str) -> None:
+    figure = pyplot().figure(figsize=(7.2, 4.2), layout="constrained")
+    try:
+        axes = figure.subplots()
+        for number in range(5):
+            axes.plot([0, 1], [number, number], label=f"{name} {number} (3 seeds, mean ± deviation)")
+        pictures._legend(axes)
+        figure.draw_without_rendering()
+        box = figure.legends[0].get_window_extent()
+        assert box.x0 >= 0
+        assert box.x1 <= figure.bbox.x1
+    finally:
+        pyplot().close(figure)
 
 
 def test_what_a_search_has_not_got_to_yet_is_not_drawn_and_old_pictures_go(tmp_path: Path) -> None:

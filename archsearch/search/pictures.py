@@ -15,6 +15,9 @@ from archsearch.search.overview import Overview
 from archsearch.search.palette import BLUE, GREY, MAP, MARKS, ORANGE, colour_of, of_start
 
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+LETTER_PT, MARK_PT = 4.5, 40
+"""Width of a letter of a legend, and of what stands before each label."""
+
 NAMED = 40
 """With more groups than this, an axis names only some of them."""
 
@@ -254,8 +257,10 @@ def _seeds(count: int) -> str:
 
 
 def _legend(axes: Any) -> None:
-    """Put the legend below, where it hides nothing."""
-    axes.figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+    """Put the legend below, where it hides nothing, in as many columns as the figure has room for."""
+    longest = max(map(len, axes.get_legend_handles_labels()[1]), default=0)
+    columns = int(72 * axes.figure.get_figwidth() / (LETTER_PT * longest + MARK_PT))
+    axes.figure.legend(loc="outside lower center", ncols=min(max(columns, 1), 4), fontsize=8)
 
 
 def _name_groups(axes: Any, seen: Overview) -> None:
