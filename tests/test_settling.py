@@ -103,6 +103,17 @@ def test_the_same_network_is_not_measured_again() -> None:
     assert bench.measured == [4.0]
 
 
+def test_where_widths_are_coarse_the_limit_moves_until_there_are_others() -> None:
+    class Coarse(Bench):
+        def solve(self, targets: Sequence[Target]) -> Network:
+            return Network(2.0 * int(super().solve(targets).ms / 2.0))
+
+    bench = Coarse(lambda ms: ms + 0.05 if ms > 4 else ms)
+    network, facts = settled(bench)
+    assert bench.measured[:2] == [6.05, 4.0]
+    assert (network.ms, facts["measured_ms"]) == (4.0, 4.0)
+
+
 def test_a_clock_that_only_predicts_takes_the_first_solution() -> None:
     bench = Bench(lambda ms: 2 * ms, here=False)
     network, facts = settled(bench)
