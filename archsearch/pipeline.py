@@ -106,7 +106,7 @@ def find(
     architecture = traced.architecture(widths, provenance, selection)
     written: list[Path] = []
     if out is not None and is_main():
-        written += _write_architecture(architecture, out / "architecture.yaml")
+        written.append(write_architecture(architecture, out / "architecture.yaml"))
     compared, model = search.compare(pruned, latency)
     record = Record(provenance, [*arms, *compared])
     if out is not None and is_main():
@@ -366,7 +366,7 @@ def _provenance(plan: Plan, conditions: Mapping[str, Any] | None) -> dict[str, A
     }
 
 
-def _write_architecture(architecture: Architecture, path: Path) -> list[Path]:
+def write_architecture(architecture: Architecture, path: Path) -> Path:
     """Write the file, unless the very same network stands there already: its date stays the first one.
 
     What is known of its latency may be news all the same.
@@ -375,4 +375,4 @@ def _write_architecture(architecture: Architecture, path: Path) -> list[Path]:
     latency = architecture.provenance.get("latency")
     if before is None or before.key != architecture.key or before.provenance.get("latency") != latency:
         architecture.write(path)
-    return [path]
+    return path

@@ -101,13 +101,13 @@ class Stopwatch:
 
     Attributes:
         device: Whose latency counts.
-        store: Where measurements are kept, one file a network and table; ``None`` measures every time.
+        store: Where measurements are kept, one file a network and table.
         trust_code: Whether a model that names the user's own code may be imported.
         say: Takes lines for the user.
     """
 
     device: TargetDevice
-    store: Path | None = None
+    store: Path
     trust_code: bool = False
     say: Callable[[str], None] = lambda line: None
 
@@ -121,8 +121,6 @@ class Stopwatch:
         seen = predicted(self.device.table, widths)
         if not self.device.here:
             return seen
-        if self.store is None:
-            return self._measured(architecture, seen)
         path = self.store / MEASURED / f"{seen['table']}-{architecture.key[:16]}.json"
         while not is_main() and not path.exists():
             time.sleep(WAIT_S)  # of several processes that train together, one measures

@@ -109,7 +109,7 @@ def test_of_several_processes_that_train_together_one_measures(
 
 
 def test_away_from_the_device_a_network_is_predicted() -> None:
-    seen = stopwatch.Stopwatch(TargetDevice(paper_table(), here=False))(architecture_at(0.6))
+    seen = stopwatch.Stopwatch(TargetDevice(paper_table(), here=False), Path("nowhere"))(architecture_at(0.6))
     assert seen["verified"] is False
     assert seen["high_ms"] <= 0.6 * seen["reference_ms"]
 

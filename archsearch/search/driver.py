@@ -20,7 +20,7 @@ from archsearch.search.artifacts import annotate, annotate_trial
 from archsearch.search.baselines import baseline
 from archsearch.search.calibrate import calibrated
 from archsearch.search.crew import Crew
-from archsearch.search.export import exported, finalist_file, record_of, timed, write_finalist
+from archsearch.search.export import exported, finalist_file, record_of, write_finalist
 from archsearch.search.facts import CALIBRATION, FACTS, facts_of, facts_of_trials, noise_of
 from archsearch.search.finals import Finalist, Outcome, best_trials, finals
 from archsearch.search.loop import run
@@ -220,10 +220,8 @@ class Driver:
         outcome = finals(finalists, self._worth, self._trainer, self._quest, too_slow)
         self._say(outcome.verdict)
         conditions = {**facts_of_trials(self._study, self._quest, self._model.noise), **self._conditions}
-        record = record_of(outcome, self._reference.arm(self._trainer), conditions)
+        record = record_of(outcome, self._reference.arm(self._trainer), conditions, times)
         architecture, written = exported(self._traced, outcome, record, self._out)
-        if times:
-            architecture, record = timed(times, outcome, record, self._out)
         lacking = missing()
         if lacking is not None:
             self._say(lacking)

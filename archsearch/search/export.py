@@ -9,11 +9,11 @@ from typing import Any
 
 from archsearch import files
 from archsearch.architecture import Architecture
+from archsearch.pipeline import write_architecture
 from archsearch.rebuild import Traced
 from archsearch.results import Arm, Record
 from archsearch.search.finals import Outcome
-from archsearch.settling import share_in
-from archsearch.stopwatch import note
+from archsearch.settling import Facts, share_in
 from archsearch.tensor_files import write_tensors
 
 ARCHITECTURE, WEIGHTS = "architecture.yaml", "weights.safetensors"
@@ -24,20 +24,35 @@ FINALISTS = "finalists"
 UNIFORM = f"{FINALISTS}/uniform.yaml"
 """That of uniform widths, which is there from the beginning."""
 
-_PAGES = ("validation", "calibration")
+_PAGES = ("validation", "calibration", "latencies")
 """Conditions that are tables, and stand in the results alone."""
 
 _TIMES = ("predicted_ms", "low_ms", "high_ms", "measured_ms", "measured_share", "stable")
 
 
-def record_of(outcome: Outcome, reference: Arm, conditions: Mapping[str, Any]) -> Record:
-    """Return the results of a search: its conditions, what decided, and all arms."""
+def record_of(
+    outcome: Outcome, reference: Arm, conditions: Mapping[str, Any], times: Mapping[str, Facts]
+) -> Record:
+    """Return the results of a search: its conditions, what decided, and all arms.
+
+    Args:
+        outcome: Of the finals.
+        reference: Its arm.
+        conditions: Of the search.
+        times: What is known of each finalist's latency, by name; empty without a latency target.
+    """
     validation = {
         name: [round(accuracy, 2) for accuracy in accuracies]
         for name, accuracies in outcome.validation.items()
     }
     facts = {**conditions, "verdict": outcome.verdict, "validation": validation}
-    return Record(facts, [reference, *outcome.arms])
+    if times:
+        facts["latency"] = dict(times[outcome.exported.name])
+        facts["latencies"] = {
+            name: {key: seen[key] for key in _TIMES if key in seen} for name, seen in times.items()
+        }
+    arms = [replace(arm, latency=share_in(times.get(arm.widths))) for arm in outcome.arms]
+    return Record(facts, [reference, *arms])
 
 
 def exported(
@@ -47,10 +62,7 @@ def exported(
     provenance = {name: fact for name, fact in record.conditions.items() if name not in _PAGES}
     provenance["widths of"] = outcome.exported.name
     architecture = traced.architecture(outcome.exported.widths, provenance)
-    path = out / ARCHITECTURE
-    # The very same network keeps the date of its first file.
-    if not path.exists() or Architecture.read(path).key != architecture.key:
-        architecture.write(path)
+    path = write_architecture(architecture, out / ARCHITECTURE)
     write_tensors(out / WEIGHTS, outcome.model.state_dict())
     return architecture, [path, out / WEIGHTS, *record.write(out)]
 
@@ -71,27 +83,3 @@ def write_finalist(traced: Traced, name: str, widths: Mapping[str, int], out: Pa
     if not path.exists() or Architecture.read(path).key != architecture.key:
         architecture.write(path)
     return path, architecture.key
-
-
-def timed(
-    times: Mapping[str, Mapping[str, Any]],
-    outcome: Outcome,
-    record: Record,
-    out: Path,
-) -> tuple[Architecture, Record]:
-    """Add the latencies of the finalists to what was exported; return the new content.
-
-    Args:
-        times: What is known of each finalist's latency, by name.
-        outcome: Says which one was exported.
-        record: The results so far.
-        out: The run directory.
-    """
-    latencies = {name: {key: seen[key] for key in _TIMES if key in seen} for name, seen in times.items()}
-    seen = dict(times[outcome.exported.name])
-    record = Record(
-        {**record.conditions, "latency": seen, "latencies": latencies},
-        [replace(arm, latency=share_in(times.get(arm.widths))) for arm in record.arms],
-    )
-    record.write(out)
-    return note(out / ARCHITECTURE, seen), record
