@@ -66,7 +66,8 @@ def main() -> None:
             end="",
         )
         print(
-            f"in 90 % intervals {report.table.coverage:.0%}; spread at equal MACs {report.equal_spread:.1%}"
+            f"in 90 % intervals {report.coverage:.0%} (of predictions, ten-fold: {report.coverage_in_use:.0%}); "
+            f"spread at equal MACs {report.equal_spread:.1%}"
         )
         header = ("prediction", "MAPE %", "worst %", "<= 5 %", "<= 10 %", "Spearman", "Kendall", "equal MACs")
         print("{:<18}{:>9}{:>9}{:>9}{:>9}{:>10}{:>9}{:>12}".format(*header))

@@ -9,13 +9,13 @@ from archsearch import on_device
 from archsearch.cli.main import main
 from archsearch.cli.profile_commands import accuracy_verdict
 from archsearch.errors import PreemptedError, UsageError
-from archsearch.latency.accuracy import assess, rank_correlation
+from archsearch.latency.accuracy import assess, inside, rank_correlation
 from archsearch.latency.knots import choose_knots
 from archsearch.latency.layers import find_layers
 from archsearch.latency.meter import Settings
 from archsearch.latency.quantum import Stairs, choose_widths
 from archsearch.latency.sampling import equal_macs_widths, random_widths
-from archsearch.latency.table import LatencyTable
+from archsearch.latency.table import FITTED, LatencyTable
 from archsearch.space import Bounds, SearchSpace
 from tests.latency_case import PaperDevice, profiled, traced
 
@@ -67,6 +67,23 @@ def test_noise_and_drift_are_taken_out_by_the_reference_beside() -> None:
     assert report.table.mape < 0.02
     widths, ms = found.networks("held-out")
     assert rank_correlation(found.predict(widths)[0], ms) > 0.97
+
+
+def test_the_interval_of_predictions_holds_nine_of_ten_networks_that_they_do_not_know() -> None:
+    noisy = profiled(NETWORK, PaperDevice(block=8, noise=0.05), calibration=40, held_out=80).run()
+    found = inside(noisy)
+    assert len(found) == len(noisy.networks(*FITTED)[0])
+    assert 0.85 <= found.mean() <= 0.97
+    assert assess(noisy).coverage_in_use == found.mean()
+
+
+def test_no_network_vouches_for_itself(table: LatencyTable) -> None:
+    networks = list(table.content.networks)
+    odd = networks[5].times
+    times = odd.model_copy(update={"ms": tuple(1.5 * ms for ms in odd.ms)})
+    networks[5] = networks[5].model_copy(update={"times": times})
+    found = inside(LatencyTable(table.content.model_copy(update={"networks": tuple(networks)})))
+    assert not found[5]
 
 
 def test_a_stopped_profile_goes_on_and_ends_alike(tmp_path: Path) -> None:

@@ -179,7 +179,8 @@ def accuracy_verdict(report: Any) -> list[str]:
         "at equal MACs: not tested, since there are too few networks of equal MACs"
         if isnan(report.equal_spread)
         else f"spread of the latencies at equal MACs: {report.equal_spread:.1%}",
-        f"in their 90 % interval: {report.table.coverage:.0%} of the held-out networks",
+        f"in their 90 % interval: {report.coverage:.0%} of the held-out networks",
+        f"in the one that predictions have: {report.coverage_in_use:.0%} of all, by cross-validation",
     ]
     if not report.complaints:
         return [*lines, "the table is good enough to search with"]

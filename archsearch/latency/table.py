@@ -52,7 +52,7 @@ class LatencyTable:
         self.quantum = content.quantum
         widths = {group.name: np.array(group.widths) for group in content.groups}
         self.features = Features(content.layers, widths, self._knots())
-        self._predictor = self._fitted(*FITTED)
+        self._predictor = self.fitted(*self.networks(*FITTED))
 
     @classmethod
     def read(
@@ -102,7 +102,16 @@ class LatencyTable:
     @cached_property
     def tested(self) -> Predictor:
         """What the held-out networks test: the prediction fitted on the calibration networks alone."""
-        return self._fitted("calibration")
+        return self.fitted(*self.networks("calibration"))
+
+    def fitted(self, widths: Integers, ms: Floats) -> Predictor:
+        """Return the prediction fitted on networks of these widths ``(N, G)`` and milliseconds ``(N,)``.
+
+        Raises:
+            UsageError: If they are too few.
+        """
+        fit = Correction.fit(self.features.of(widths), ms, self.features.parts(widths))
+        return Predictor(self.features, fit)
 
     def counter(self) -> Callable[[Integers], Integers]:
         """Return what counts latency for the solver: an upper bound in nanoseconds, ``(..., G) -> (...)``.
@@ -148,11 +157,6 @@ class LatencyTable:
     @cached_property
     def _network_anchor_ms(self) -> float:
         return _anchor_ms([record.times for record in self.content.networks])
-
-    def _fitted(self, *roles: Role) -> Predictor:
-        widths, ms = self.networks(*roles)
-        fit = Correction.fit(self.features.of(widths), ms, self.features.parts(widths))
-        return Predictor(self.features, fit)
 
     def _knots(self) -> dict[Signature, Knots]:
         """Return the cells' times in the place where they stand in a network."""
