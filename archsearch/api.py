@@ -197,18 +197,24 @@ def find(
         raise UsageError("a search keeps its study in a directory: give out")
     # Names are checked before data is read.
     source = resolve(model, trust_code=trust_code) if isinstance(model, str) else model
-    given = published_weights(source, weights) if isinstance(source, ModelSource) else None
+    if isinstance(source, ModelSource):
+        published_weights(source, weights)
     if data is not None:
         source_data = data if isinstance(data, DataSource) else load_data(data, **(data_options or {}))
         say(source_data.announcement)
     if isinstance(source, ModelSource):
-        shape, words = shape_and_arguments(source, source_data, input_shape, classes, arguments)
-        traced = trace_source(source, words, shape, seed=seed, gathers=gather, whole_groups=whole_groups)
-        if given is not None:
-            model = add_gathers(pretrained(source, given, **words), traced.gathers)
-            traced = replace(traced, model=model)
-            weights = None
-        trained = given is not None
+        traced, file = traced_reference(
+            source,
+            source_data,
+            weights=weights,
+            input_shape=input_shape,
+            classes=classes,
+            arguments=arguments,
+            seed=seed,
+            gathers=gather,
+            whole_groups=whole_groups,
+        )
+        weights, trained = file, weights != file
     else:
         example = example if example is not None else _first_image(source_data)
         traced = trace_module(source, example, gathers=gather, whole_groups=whole_groups)
@@ -429,6 +435,43 @@ def published_weights(source: ModelSource, weights: str | None) -> str | None:
     if source.origin in ("torchvision", "timm") and not Path(weights).suffix:
         return weights
     raise UsageError(f"--weights {weights}: there is no such file")
+
+
+def traced_reference(
+    source: ModelSource,
+    data: DataSource | None = None,
+    *,
+    weights: str | None = None,
+    input_shape: Sequence[int] | None = None,
+    classes: int | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    gathers: bool = False,
+    whole_groups: bool = False,
+) -> tuple[Traced, str | None]:
+    """Return the traced reference with published weights if such are named, or the file of its weights.
+
+    Args:
+        source: Builds it.
+        data: That it is for, which says the shape of an input and the classes.
+        weights: A file, which is for the caller to load, or the name of published weights.
+        input_shape: As for ``find``; so are the others.
+        classes: Outputs of the network.
+        arguments: Further arguments of the model's factory.
+        seed: Of fresh weights.
+        gathers: Whether batch norms select channels of a shared stream.
+        whole_groups: Whether a convolution's groups go as a whole.
+
+    Raises:
+        UsageError: If nothing says the shape, or the network cannot take it; if there is no such file.
+    """
+    published = published_weights(source, weights)
+    shape, words = shape_and_arguments(source, data, input_shape, classes, arguments)
+    traced = trace_source(source, words, shape, seed=seed, gathers=gathers, whole_groups=whole_groups)
+    if published is None:
+        return traced, weights
+    model = add_gathers(pretrained(source, published, **words), traced.gathers)
+    return replace(traced, model=model), None
 
 
 def shape_and_arguments(

@@ -66,7 +66,7 @@ def main() -> None:
             end="",
         )
         print(
-            f"in 90 % intervals {report.coverage:.0%} (of predictions, ten-fold: {report.coverage_in_use:.0%}); "
+            f"in 90 % intervals {report.coverage:.0%}, of predictions {report.coverage_in_use:.0%}; "
             f"spread at equal MACs {report.equal_spread:.1%}"
         )
         header = ("prediction", "MAPE %", "worst %", "<= 5 %", "<= 10 %", "Spearman", "Kendall", "equal MACs")

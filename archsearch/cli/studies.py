@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,30 +19,23 @@ if TYPE_CHECKING:
 
 def reference(options: argparse.Namespace, data: DataSource | None) -> tuple[Traced, str | None]:
     """Return the traced reference, and the file of its weights where it does not have published ones."""
-    from archsearch.api import published_weights, shape_and_arguments, summary
-    from archsearch.gathers import add_gathers
-    from archsearch.models import pretrained, resolve
-    from archsearch.rebuild import trace_source
+    from archsearch.api import summary, traced_reference
+    from archsearch.models import resolve
     from archsearch.trainer import check_classes
 
     if options.model is None:
         raise UsageError("no model: give --model NAME, such as resnet20")
-    source = resolve(options.model, trust_code=options.trust_code)
-    weights = getattr(options, "weights", None)
-    published = published_weights(source, weights)
-    arguments = named_values(options.argument, "--argument")
-    shape, words = shape_and_arguments(source, data, input_shape(options), options.classes, arguments)
-    traced = trace_source(
-        source,
-        words,
-        shape,
+    traced, weights = traced_reference(
+        resolve(options.model, trust_code=options.trust_code),
+        data,
+        weights=getattr(options, "weights", None),
+        input_shape=input_shape(options),
+        classes=options.classes,
+        arguments=named_values(options.argument, "--argument"),
         seed=options.seed,
         gathers=options.gather,
         whole_groups=options.whole_groups,
     )
-    if published is not None:
-        model = add_gathers(pretrained(source, published, **words), traced.gathers)
-        traced, weights = replace(traced, model=model), None
     if data is not None:
         check_classes(traced, data)
     say(summary(traced))

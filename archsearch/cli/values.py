@@ -20,14 +20,17 @@ if TYPE_CHECKING:
 
 def traced_model(options: argparse.Namespace) -> Traced:
     """Return the model that the options name, traced."""
-    from archsearch.api import shape_and_arguments
+    from archsearch.api import traced_reference
     from archsearch.models import resolve
-    from archsearch.rebuild import trace_source
 
-    source = resolve(options.model, trust_code=options.trust_code)
-    arguments = named_values(options.argument, "--argument")
-    shape, words = shape_and_arguments(source, None, input_shape(options), options.classes, arguments)
-    return trace_source(source, words, shape, gathers=options.gather, whole_groups=options.whole_groups)
+    return traced_reference(
+        resolve(options.model, trust_code=options.trust_code),
+        input_shape=input_shape(options),
+        classes=options.classes,
+        arguments=named_values(options.argument, "--argument"),
+        gathers=options.gather,
+        whole_groups=options.whole_groups,
+    )[0]
 
 
 def chosen_recipe(options: argparse.Namespace, data: str) -> Recipe:
