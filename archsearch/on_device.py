@@ -13,6 +13,7 @@ from archsearch.cost import CostModel, Latency
 from archsearch.errors import ArchsearchError, UsageError
 from archsearch.latency.devices import opened
 from archsearch.latency.fingerprint import differences
+from archsearch.latency.layers import find_layers
 from archsearch.latency.library import own_table
 from archsearch.latency.measure import fingerprint
 from archsearch.latency.meter import Settings
@@ -115,6 +116,7 @@ def aimed(traced: Traced, space: SearchSpace, table: LatencyTable) -> tuple[Trac
             f"the latency table is for inputs of {shape}, but {traced.name} here takes {traced.input_shape}: "
             "profile it with --input-shape"
         )
+    table.check_layers(find_layers(traced))
     latency = Latency(table.counter(), round(table.reference_ms * 1e6))
     known = {group.name: group.widths for group in table.content.groups}
     cost = CostModel(traced.model, traced.graph, latency)

@@ -44,7 +44,7 @@ def predicted(table: LatencyTable, widths: Mapping[str, int]) -> dict[str, Any]:
         "reference_ms": round(table.reference_ms, 6),
         "table": table.key[:16],
         **{name: conditions[name] for name in _CONDITIONS},
-        "accelerator": table.content.fingerprint.get("accelerator"),
+        **_versions(table.content.fingerprint),
         "verified": False,
     }
 
@@ -81,12 +81,14 @@ def measured(
             if done.returncode:
                 last = (done.stderr.strip().splitlines() or ["nothing was said"])[-1]
                 raise UsageError(f"{path} could not be measured: {last.removeprefix('archsearch: error: ')}")
-            network = files.read_json(out)["networks"][1]
+            benched = files.read_json(out)
+            network = benched["networks"][1]
             shares.append(float(network["ratio"]))
             times.append(float(network["median_ms"]))
             stable &= bool(network["stable"])
     return {
         **facts,
+        **_versions(benched["conditions"]["fingerprint"]),
         "measured_share": round(median(shares), 6),
         "measured_shares": [round(share, 6) for share in shares],
         "measured_ms": round(median(times), 6),
@@ -137,8 +139,16 @@ class Stopwatch:
             return measured(path, seen, trust_code=self.trust_code, say=self.say)
 
 
-def verify_file(path: Path, *, trust_code: bool = False, say: Callable[[str], None]) -> Architecture:
+def verify_file(
+    path: Path, device: str | None = None, *, trust_code: bool = False, say: Callable[[str], None]
+) -> Architecture:
     """Measure the network of a file that was found for a latency, and write down in it what came out.
+
+    Args:
+        path: The architecture file.
+        device: Which of several of this machine; ``None`` takes the one that the file names.
+        trust_code: Whether a model that names the user's own code may be imported.
+        say: Takes lines for the user.
 
     Raises:
         SpecError: If the file says nothing of a latency.
@@ -153,6 +163,7 @@ def verify_file(path: Path, *, trust_code: bool = False, say: Callable[[str], No
     for name in _TIMES:
         if not isinstance(facts.get(name), (int, float)):
             raise SpecError(f"{path}: provenance.latency.{name}: must be milliseconds")
+    facts = {**facts, "device": device or facts["device"]}
     own = opened(str(facts["device"])).facts()["accelerator"]
     if facts["accelerator"] != own:
         raise UsageError(
@@ -160,6 +171,12 @@ def verify_file(path: Path, *, trust_code: bool = False, say: Callable[[str], No
             "it here with bench"
         )
     return note(path, measured(path, facts, trust_code=trust_code, say=say))
+
+
+def _versions(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a fingerprint belongs into an architecture file: the device and what ran there."""
+    known = ("accelerator", "driver", "torch", "runtime_version")
+    return {name: fingerprint[name] for name in known if fingerprint.get(name)}
 
 
 def targets_in(architecture: Architecture) -> list[Target]:

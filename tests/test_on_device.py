@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from latency_case import PaperDevice, paper_table, traced
 
 from archsearch import files, on_device
@@ -15,7 +16,9 @@ from archsearch.errors import InfeasibleError, UsageError
 from archsearch.latency.library import own_table
 from archsearch.latency.meter import Settings
 from archsearch.latency.table import LatencyTable
+from archsearch.models import resolve
 from archsearch.pruning import uniform_widths
+from archsearch.rebuild import trace_module
 from archsearch.space import Bounds, SearchSpace
 from archsearch.targets import Target
 
@@ -60,6 +63,16 @@ def test_widths_that_the_table_does_not_know_are_refused() -> None:
 def test_the_table_of_another_network_is_refused(name: str, shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         on_device.aimed(traced(name, shape), SearchSpace(), paper_table())
+
+
+def test_a_network_whose_layers_are_others_is_another_one_though_its_groups_are_alike() -> None:
+    more = resolve("resnet20").build(num_classes=1000)
+    with pytest.raises(UsageError, match=r"its layer 'fc' has outputs 10, here 1000: profile this one"):
+        on_device.aimed(trace_module(more, torch.zeros(1, 3, 32, 32)), SearchSpace(), paper_table())
+    coarse = resolve("resnet20").build()
+    coarse.conv1.stride = (2, 2)
+    with pytest.raises(UsageError, match=r"its layer 'conv1' has stride \(1, 1\), here \(2, 2\)"):
+        on_device.aimed(trace_module(coarse, torch.zeros(1, 3, 32, 32)), SearchSpace(), paper_table())
 
 
 def test_latency_without_a_table_is_refused() -> None:

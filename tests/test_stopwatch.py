@@ -12,6 +12,7 @@ from archsearch.api import find
 from archsearch.architecture import Architecture
 from archsearch.cli import main
 from archsearch.errors import SpecError, UsageError
+from archsearch.latency.devices import opened
 from archsearch.on_device import TargetDevice, aimed
 from archsearch.pruning import uniform_widths
 from archsearch.space import SearchSpace
@@ -41,8 +42,30 @@ def test_the_found_network_is_measured_in_fresh_processes(tmp_path: Path, capsys
     assert len(facts["measured_shares"]) == stopwatch.PROCESSES
     assert 0 < facts["measured_share"] < 2
     assert sorted(facts["measured_shares"])[1] == facts["measured_share"]
+    assert facts["torch"] == torch.__version__
     assert Architecture.read(path).key == key
     assert "measured" in capsys.readouterr().out
+    assert main(["verify", str(path), "--device", "cuda:7"]) == 2
+    assert "cuda:7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("share", "code"), [(0.59, 0), (0.61, 6)])
+def test_verify_fails_where_the_target_is_missed(
+    share: float, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def measured(path: Path, facts: dict[str, Any], **_more: Any) -> dict[str, Any]:
+        assert facts["device"] == "cpu"
+        return {**facts, "measured_share": share, "measured_ms": 1.0, "stable": True, "verified": True}
+
+    monkeypatch.setattr(stopwatch, "measured", measured)
+    found = architecture_at(0.6)
+    widths = {name: group.width for name, group in found.widths.items()}
+    here = {**stopwatch.predicted(paper_table(), widths), "accelerator": opened("cpu").facts()["accelerator"]}
+    provenance = {"target": "latency 0.6", "latency": here}
+    found.model_copy(update={"provenance": provenance}).write(tmp_path / "a.yaml")
+    assert main(["verify", str(tmp_path / "a.yaml"), "--device", "cpu"]) == code
+    assert Architecture.read(tmp_path / "a.yaml").provenance["latency"]["measured_share"] == share
+    assert ("is too slow on this device" in capsys.readouterr().err) == bool(code)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from archsearch.cli.latency_commands import runtime_options
 from archsearch.cli.options import model_options
 from archsearch.cli.output import say, show_result
 from archsearch.cli.values import traced_model
-from archsearch.errors import UsageError
+from archsearch.errors import InfeasibleError, UsageError
 
 
 def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
@@ -58,17 +58,29 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     )
     verify.add_argument("architecture", type=Path, metavar="ARCH.yaml")
     verify.add_argument(
+        "--device", metavar="DEVICE", help="which of this machine, such as cuda:1 (the one in the file)"
+    )
+    verify.add_argument(
         "--trust-code", action="store_true", help="import the code that the file's model names"
     )
 
 
 def run_verify(options: argparse.Namespace) -> None:
-    """Measure the network of a file on its device, and say whether the file's prediction holds."""
+    """Measure the network of a file on its device, and say whether the file's prediction holds.
+
+    Raises:
+        InfeasibleError: If the network is slower than the latency that it was found for.
+    """
+    from archsearch.settling import missed
     from archsearch.stopwatch import targets_in, verdict, verify_file
 
-    architecture = verify_file(options.architecture, trust_code=options.trust_code, say=say)
-    show_result(verdict(architecture.provenance["latency"], targets_in(architecture)))
-    show_result(f"wrote {options.architecture}")
+    path: Path = options.architecture
+    architecture = verify_file(path, options.device, trust_code=options.trust_code, say=say)
+    facts, targets = architecture.provenance["latency"], targets_in(architecture)
+    show_result(verdict(facts, targets))
+    show_result(f"wrote {path}")
+    if targets and missed(facts, targets):
+        raise InfeasibleError(f"{path}: is too slow on this device: find it again here, where it is measured")
 
 
 def run_profile(options: argparse.Namespace) -> None:

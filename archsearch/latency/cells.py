@@ -59,6 +59,11 @@ class Form(Frozen):
     constant: int = Field(ge=0, le=MAX_COUNT)
     groups: dict[str, Annotated[int, Field(ge=0, le=MAX_COUNT)]] = {}
 
+    def __str__(self) -> str:
+        """Return it as a sum."""
+        terms = [f"{count} x {name}" if count != 1 else name for name, count in self.groups.items()]
+        return " + ".join([*terms, str(self.constant)] if self.constant or not terms else terms)
+
     def scaled(self, times: int, divided_by: int = 1) -> Form:
         """Return a multiple or part of it."""
         return Form(

@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from itertools import zip_longest
 from typing import Any, Final
 
 import numpy as np
@@ -20,7 +21,7 @@ import numpy.typing as npt
 from archsearch import files
 from archsearch.errors import SpecError, UsageError
 from archsearch.latency.boundary import Boundary
-from archsearch.latency.cells import Cell, Signature, input_channels
+from archsearch.latency.cells import Cell, Layer, Signature, input_channels
 from archsearch.latency.content import Content, Role, Times, parse
 from archsearch.latency.correction import Correction
 from archsearch.latency.fingerprint import differences
@@ -139,6 +140,26 @@ class LatencyTable:
                 f"channels, here {sizes.get(name, 'none')}: profile this one"
             )
 
+    def check_layers(self, layers: Sequence[Layer]) -> None:
+        """Check that the table is of a network with these layers, whatever their names.
+
+        Raises:
+            UsageError: If not; says where they differ.
+        """
+        for own, other in zip_longest(self.content.layers, layers):
+            if own is None or other is None:
+                count = len(self.content.layers)
+                difference = f"it has {count} layers, this one {len(layers)}"
+            elif differs := [name for name in _TOLD if _told(own)[name] != _told(other)[name]]:
+                there, here = (_told(layer)[differs[0]] for layer in (own, other))
+                difference = f"its layer '{own.name}' has {differs[0]} {there}, here {here}"
+            else:
+                continue
+            raise UsageError(
+                f"the latency table is of another network: {difference}: profile this one, with the classes "
+                "and the arguments that it has here"
+            )
+
     @property
     def reference_ms(self) -> float:
         """Latency of the reference network, as measured."""
@@ -187,6 +208,14 @@ class LatencyTable:
         inputs = input_channels(signature, cell.reads, cell.makes)
         pixels = int(np.prod(signature.size))
         return self.content.conditions.batch * (inputs * pixels + cell.makes * signature.output_pixels)
+
+
+_TOLD = (*Signature.model_fields, "inputs", "outputs")
+"""What the time of a layer depends on."""
+
+
+def _told(layer: Layer) -> dict[str, Any]:
+    return {**dict(layer.signature), "inputs": layer.reads, "outputs": layer.makes}
 
 
 def _anchor_ms(times: Sequence[Times]) -> float:
