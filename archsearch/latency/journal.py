@@ -38,37 +38,32 @@ class Entry(Frozen):
 class Journal:
     """A file of measurements beside the table that they are for.
 
-    A journal that was begun under other conditions is not used, and started afresh. A line that is not whole,
-    since its writer was killed, is measured again.
+    Its name says under which conditions, so that what was measured under others stays where it is. A line that
+    is not whole, since its writer was killed, is measured again.
 
     Args:
-        path: The file; ``None`` keeps the measurements in memory alone.
+        path: The file, without the conditions; ``None`` keeps the measurements in memory alone.
         conditions: Plain values that every measurement depends on.
 
     Attributes:
-        path: The file.
-        of_others: Whether there was one of other conditions in its place.
+        path: The file, such as ``dev.lat.json-0f3a….part``.
         measuring_s: Seconds spent with measuring, by all who wrote it.
         preparing_s: Seconds spent with making networks ready.
     """
 
     def __init__(self, path: Path | None, conditions: Mapping[str, Any]) -> None:
-        self.path = path
-        text = json.dumps(conditions, sort_keys=True)
-        header = json.dumps({"conditions": hashlib.sha256(text.encode()).hexdigest()})
+        self.path = None
         self._known: dict[str, Times] = {}
         self._grids: dict[float, int] = {}
         self.measuring_s = self.preparing_s = 0.0
-        self.of_others = False
         if path is None:
             return
-        lines = files.read_text(path, MAX_BYTES).splitlines() if path.exists() else []
-        if lines and lines[0] == header:
-            for line in lines[1:]:
+        text = json.dumps(conditions, sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        self.path = path.with_name(f"{path.stem}-{digest[:12]}{path.suffix}")
+        if self.path.exists():
+            for line in files.read_text(self.path, MAX_BYTES).splitlines():
                 self._remember(line)
-        else:
-            self.of_others = bool(lines)
-            files.write_text(path, f"{header}\n")
 
     def __len__(self) -> int:
         return len(self._known)

@@ -71,8 +71,6 @@ class Workbench:
             UsageError: If the networks alone take longer than there is time.
         """
         chosen, journal = self._settings, self.journal
-        if journal.of_others:
-            self._say(f"{journal.path}: is of other conditions, or of another version: starts afresh")
         if len(journal):
             cells, found = journal.count("cell"), journal.count("network")
             self._say(f"goes on from {journal.path}: found {cells} layers and {found} networks measured")
