@@ -113,7 +113,8 @@ GAIN = "over uniform (95 %)"
 def gain(arm: Arm, baseline: Arm | None) -> tuple[float, float] | None:
     """Return the difference of two mean accuracies in points, and half of its 95 % interval (Welch's t).
 
-    ``None`` where one of the two has fewer than two seeds, or they are the same arm.
+    ``None`` where one of the two has fewer than two seeds, or neither's accuracies vary, which tells nothing
+    of the noise, or they are the same arm.
     """
     if baseline is None or arm is baseline or min(len(arm.accuracies), len(baseline.accuracies)) < 2:
         return None
@@ -122,7 +123,7 @@ def gain(arm: Arm, baseline: Arm | None) -> tuple[float, float] | None:
     spreads = [variance(each.accuracies) / len(each.accuracies) for each in (arm, baseline)]
     difference = fmean(arm.accuracies) - fmean(baseline.accuracies)
     if not sum(spreads):
-        return difference, 0.0
+        return None
     freedom = sum(spreads) ** 2 / sum(
         spread**2 / (len(each.accuracies) - 1) for spread, each in zip(spreads, (arm, baseline), strict=True)
     )

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from find_case import FACTORY
+from scipy import stats
 from torch import nn
 from training_case import RECIPE, source
 
@@ -16,7 +17,7 @@ from archsearch.models import resolve
 from archsearch.rebuild import trace_source
 from archsearch.results import Arm
 from archsearch.search import finals as finals_module
-from archsearch.search.finals import Finalist, Outcome, finals
+from archsearch.search.finals import Finalist, Outcome, finals, gain_of_best
 from archsearch.search.trial import Scratch as OwnScratch
 from archsearch.search.work import Finding
 from archsearch.trainer import Trainer
@@ -31,10 +32,14 @@ class Scratch:
 
     def __init__(self, accuracies: Mapping[str, list[float]]) -> None:
         self._accuracies = accuracies
-        self.traced = SimpleNamespace(cost=SimpleNamespace(of=lambda widths: SimpleNamespace()))
+        self.traced = SimpleNamespace(
+            cost=SimpleNamespace(of=lambda widths: SimpleNamespace(macs=0, params=0))
+        )
 
     def __call__(self, trainer: object, name: str, widths: object, seed: int) -> Any:
         own = self._accuracies[name.partition(",")[0]]
+        if own[seed % len(own)] is None:
+            raise DivergedError(f"seed {seed}: the loss is nan")
         return SimpleNamespace(accuracy=own[seed % len(own)], model=nn.Identity())
 
 
@@ -86,6 +91,48 @@ def test_where_all_are_too_slow_accuracy_alone_decides(monkeypatch: pytest.Monke
     assert outcome.exported == PRUNER
 
 
+def test_a_finalist_that_diverges_is_out_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = decided(monkeypatch, {**CLEAR, "l1_norm": [85.0, None, 85.2]})  # type: ignore[dict-item, list-item]
+    assert outcome.exported == SEARCH
+    assert [(arm.name, len(arm.accuracies)) for arm in outcome.arms] == [
+        ("uniform, scratch-e", 3),
+        ("l1_norm, scratch-e, diverged", 0),
+        ("search, scratch-e", 3),
+    ]
+    assert list(outcome.validation) == ["uniform", "search"]
+
+
+def test_nothing_can_be_compared_with_uniform_widths_that_diverge(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DivergedError, match=r"uniform widths, which all are .* nan: give a lower --lr"):
+        decided(monkeypatch, {**CLEAR, "uniform": [80.0, 80.1, None]})  # type: ignore[dict-item, list-item]
+
+
+def test_accuracies_that_do_not_vary_are_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = decided(monkeypatch, {"uniform": [80.0], "l1_norm": [80.2], "search": [80.1]})
+    assert (outcome.chosen, outcome.exported) == (PRUNER, UNIFORM)
+    assert outcome.verdict == (
+        "l1_norm has the highest validation accuracy, with seeds that say nothing of the noise: "
+        "not distinguishable from uniform, which is exported"
+    )
+
+
+def test_one_rival_has_the_interval_of_the_t_test() -> None:
+    one, control = [91.0, 91.5, 90.7], [90.1, 90.9, 90.0]
+    found = gain_of_best({"one": one}, control)
+    assert found is not None
+    interval = stats.ttest_ind(one, control).confidence_interval(0.95)
+    assert found[0] - found[1] == pytest.approx(interval.low, abs=0.01)
+    assert found[0] + found[1] == pytest.approx(interval.high, abs=0.01)
+
+
+def test_the_best_of_three_needs_more_than_a_single_one() -> None:
+    rivals = {"a": [80.0, 80.2, 80.4], "b": [81.0, 81.2, 81.4], "c": [80.5, 80.7, 80.9]}
+    found = gain_of_best(rivals, [79.8, 80.0, 80.2])
+    assert found is not None
+    # Deviation 0.2 in all arms; 2.88 in Dunnett's table of 1964 for 3 treatments, 8 degrees, 95 % two-sided.
+    assert found == pytest.approx((1.2, 2.88 * 0.2 * (2 / 3) ** 0.5), abs=0.01)
+
+
 def test_finalists_are_read_from_where_workers_trained_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,5 +171,5 @@ def test_finalists_are_read_from_where_workers_trained_them(
     for name, tensor in outcome.model.state_dict().items():
         assert torch.equal(tensor, trained[10_000].model.state_dict()[name])
     found[1] = Finding(reason=("diverged", "the loss is nan"))
-    with pytest.raises(DivergedError, match="a finalist, seed 10001: the loss is nan"):
+    with pytest.raises(DivergedError, match=r"uniform widths, .*: seed 10001: the loss is nan: give"):
         finals([Finalist("uniform", widths)], worth, trainer, quest)

@@ -38,8 +38,8 @@ class Entry(Frozen):
 class Journal:
     """A file of measurements beside the table that they are for.
 
-    Its name says under which conditions, so that what was measured under others stays where it is. A line that
-    is not whole, since its writer was killed, is measured again.
+    Its name says under which conditions, so that what was measured under others stays where it is. A line
+    that is not whole, since its writer was killed, is measured again.
 
     Args:
         path: The file, without the conditions; ``None`` keeps the measurements in memory alone.

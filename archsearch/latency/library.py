@@ -73,5 +73,5 @@ def own_table(
 
 
 def journal_of(table: Path) -> Path:
-    """Return where the measurements of a table stand until it is written, by a name with their conditions."""
+    """Return where the measurements of a table stand until it is written; see ``Journal``."""
     return table.with_name(f"{table.name}.part")

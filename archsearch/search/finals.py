@@ -4,21 +4,26 @@ The best of many noisy trials is mostly the luckiest one. So the values of trial
 finalists are trained from scratch with fresh seeds, the winner is chosen on validation images, and every
 finalist is measured once on the test set. Where the winner cannot be told from uniform widths, uniform widths
 are what is exported.
+
+The best of several finalists is somewhat lucky too, so its gain over uniform widths has the interval for
+comparing several with one (Dunnett, 1955), whose noise is estimated from all of them.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 import optuna
 from torch import nn
 
 from archsearch.cost import CostModel
 from archsearch.errors import DivergedError
-from archsearch.results import Arm, gain
+from archsearch.results import Arm
 from archsearch.search.quest import Quest
 from archsearch.search.sampler import told
 from archsearch.search.trial import Scratch
@@ -49,8 +54,8 @@ class Outcome:
     """What the finals say.
 
     Attributes:
-        arms: Of all finalists, with test accuracies.
-        validation: What decided: the validation accuracies in percent by finalist.
+        arms: Of all finalists, with test accuracies; one that diverged has none.
+        validation: What decided: the validation accuracies in percent by finalist that did not diverge.
         chosen: The finalist with the highest mean of these.
         exported: The same, or uniform widths where it is not distinguishable from them.
         model: The exported network, trained with the first fresh seed.
@@ -105,19 +110,51 @@ def finals(
     return _decided(finalists, worth.scratch, train, worth.blind, trainer, fresh, too_slow)
 
 
+def gain_of_best(
+    rivals: Mapping[str, Sequence[float]], control: Sequence[float]
+) -> tuple[float, float] | None:
+    """Return by how much the best rival's mean is above the control's, and half of the 95 % interval.
+
+    The interval holds for all rivals at once (Dunnett, 1955, *A multiple comparison procedure for comparing
+    several treatments with a control*). ``None`` where nothing tells how large the noise is: with one seed,
+    or if no rival's accuracies vary, nor the control's.
+
+    Args:
+        rivals: Accuracies in percent by name, of each one or more seeds.
+        control: Those of what they are compared with.
+    """
+    arms = [*rivals.values(), control]
+    if min(map(len, arms)) < 2 or not any(max(arm) > min(arm) for arm in arms):
+        return None
+    from scipy.stats import dunnett  # slow to import
+
+    best = max(range(len(rivals)), key=lambda number: fmean(arms[number]))
+    with warnings.catch_warnings():
+        # A rival whose accuracies do not vary is no matter, and neither is an interval of 94.7 %.
+        warnings.simplefilter("ignore")
+        found = dunnett(*arms[:-1], control=control, random_state=np.random.default_rng(0))
+        lowest = np.asarray(found.confidence_interval(0.95).low)[best]
+    difference = fmean(arms[best]) - fmean(control)
+    return difference, difference - float(lowest)
+
+
 def _side_by_side(finalists: Sequence[Finalist], worth: Worth, fresh: Sequence[int]) -> Train:
     """Have workers train the finalists, on whatever device; return what reads the trained networks."""
     networks = [(each.widths, seed) for each in finalists for seed in fresh]
-    places = {}
-    for (widths, seed), found in zip(networks, worth.trained(networks, FINALS), strict=True):
-        if found.value is None:
-            raise DivergedError(f"a finalist, seed {seed}: {found.reason[1] if found.reason else 'no value'}")
-        places[tuple(widths.items()), seed] = Path(found.facts["training"])
+    found = dict(
+        zip(
+            ((tuple(widths.items()), seed) for widths, seed in networks),
+            worth.trained(networks, FINALS),
+            strict=True,
+        )
+    )
 
     def read(trainer: Trainer, label: str, widths: Mapping[str, int], seed: int) -> Trained:
+        finding = found[tuple(widths.items()), seed]
+        if finding.value is None:
+            raise DivergedError(f"seed {seed}: {finding.reason[1] if finding.reason else 'no value'}")
         model = fresh_network(worth.traced, widths, seed)
-        recipe = worth.scratch.recipe_of(widths)
-        return trainer.kept(label, model, recipe, places[tuple(widths.items()), seed])
+        return trainer.kept(label, model, worth.scratch.recipe_of(widths), Path(finding.facts["training"]))
 
     return read
 
@@ -131,31 +168,41 @@ def _decided(
     fresh: Sequence[int],
     too_slow: Collection[str],
 ) -> Outcome:
-    validation = {
-        each.name: [train(blind, each.name, each.widths, s).accuracy for s in fresh] for each in finalists
-    }
-    # On validation alone: what the test set says can no longer change the choice.
-    unmeasured = {
-        name: Arm(name, name, scratch.budget, 0, 0, accuracies=tuple(accuracies))
-        for name, accuracies in validation.items()
-    }
-    running = [each for each in finalists if each.name not in too_slow] or finalists
     uniform = finalists[0]
+    validation: dict[str, list[float]] = {}
+    for each in finalists:
+        try:
+            validation[each.name] = [train(blind, each.name, each.widths, s).accuracy for s in fresh]
+        except DivergedError as error:
+            if each is uniform:
+                raise DivergedError(
+                    f"uniform widths, which all are compared with: {error}: give a lower --lr, and another "
+                    "--out"
+                ) from error
+    # On validation alone: what the test set says can no longer change the choice.
+    sound = [each for each in finalists if each.name in validation]
+    running = [each for each in sound if each.name not in too_slow] or sound
     # Among equals the first, so that uniform widths stay where nothing is better.
-    chosen = max(running, key=lambda each: unmeasured[each.name].mean or 0.0)
-    gained = gain(unmeasured[chosen.name], unmeasured[uniform.name])
+    chosen = max(running, key=lambda each: fmean(validation[each.name]))
+    rivals = {each.name: validation[each.name] for each in running if each is not uniform}
+    gained = gain_of_best(rivals, validation[uniform.name]) if chosen is not uniform else None
     better = gained is not None and gained[0] > gained[1]
     exported = chosen if better or uniform not in running else uniform
     arms, models = [], {}
     for each in finalists:
+        name, cost = f"{each.name}, {scratch.budget}", scratch.traced.cost.of(each.widths)
+        if each not in sound:
+            arms.append(Arm(f"{name}, diverged", each.name, scratch.budget, cost.macs, cost.params))
+            continue
         trained = [train(trainer, f"{each.name}, seed {s}", each.widths, s) for s in fresh]
-        name = f"{each.name}, {scratch.budget}"
-        arms.append(arm_of(name, each.name, scratch.budget, scratch.traced.cost.of(each.widths), trained))
+        arms.append(arm_of(name, each.name, scratch.budget, cost, trained))
         models[each.name] = trained[0].model
-    if gained is None:
+    if chosen is uniform:
         said = "uniform widths have the highest validation accuracy: they are exported"
     else:
-        said = f"{chosen.name} gains {gained[0]:+.2f} ± {gained[1]:.2f} points over uniform on validation"
+        said = f"{chosen.name} has the highest validation accuracy, with seeds that say nothing of the noise"
+        if gained is not None:
+            said = f"{chosen.name} gains {gained[0]:+.2f} ± {gained[1]:.2f} points over uniform on validation"
         said += ": exported" if better else ": not distinguishable from uniform"
         if not better:
             said += ", which is exported" if exported is uniform else ", which is too slow"

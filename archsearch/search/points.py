@@ -81,6 +81,8 @@ def _finalists(resource: Resource, place: str, searched: Searched) -> Iterator[P
     reference, *arms = searched.record.arms
     uniform = next(arm for arm in arms if arm.widths == "uniform")
     for arm in arms:
+        if not arm.accuracies:
+            continue  # it diverged
         yield Point(
             place,
             arm.widths,
