@@ -6,7 +6,7 @@ No step is done twice: trainings are found again by what decides them (``trainer
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -125,12 +125,12 @@ def widths_by(
     weights: str | None = None,
     trained: bool = False,
     say: Say = lambda line: None,
-) -> dict[str, int]:
-    """Return the widths that a method finds; trains what it prunes, and nothing of what it finds.
+) -> Callable[[Sequence[Target]], dict[str, int]]:
+    """Return what gives a method's widths at targets; trains what it prunes, and nothing of what it finds.
 
     Args:
         traced: The reference network.
-        plan: What to find.
+        plan: How to find them; where the method trains the reference its own way, its targets say what for.
         trainer: Trains the reference; a blind one leaves the test set alone.
         weights: As for ``find``.
         trained: As for ``find``.
@@ -138,7 +138,7 @@ def widths_by(
     """
     search = _Search(traced, plan, trainer, say)
     _, reference = search.references(weights, trained)
-    return _widths(search.prune(reference, plan.targets))
+    return lambda targets: _widths(search.prune(reference, targets))
 
 
 class _Search:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from archsearch.allocation import LeastError
@@ -10,12 +10,16 @@ from archsearch.pipeline import widths_by
 from archsearch.plan import Plan
 from archsearch.search.study import Surface
 from archsearch.search.worth import Worth
+from archsearch.targets import Target
+
+Solve = Callable[[Sequence[Target]], Mapping[str, int]]
+"""Returns the widths of a method at targets."""
 
 
 def baseline(
     name: str, worth: Worth, surface: Surface, plan: Plan, weights: str | None, trained: bool
-) -> Mapping[str, int]:
-    """Return the widths of a method at the targets of a search.
+) -> Solve:
+    """Return what gives the widths of a method at targets; what it prunes is trained now.
 
     Args:
         name: ``NAME`` for the allocation of its paper, or ``NAME:ALLOCATION``.
@@ -28,7 +32,8 @@ def baseline(
     method, _, allocation = name.partition(":")
     if (method, allocation) == (plan.method, "knapsack"):
         # The curves that the search may start from, which are known already.
-        return LeastError().widths(worth.traced.cost, worth.reference.curves, surface.allowed, plan.targets)
+        cost, curves = worth.traced.cost, worth.reference.curves
+        return lambda targets: LeastError().widths(cost, curves, surface.allowed, targets)
     options = plan.options if method == plan.method else {}
     asked = replace(plan, method=method, allocation=allocation or None, options=options)
     return widths_by(worth.traced, asked, worth.blind, weights=weights, trained=trained, say=worth.say)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from archsearch.pipeline import Found
 from archsearch.pruning import uniform_widths
 from archsearch.rebuild import Traced
 from archsearch.search.artifacts import annotate, annotate_trial
-from archsearch.search.baselines import baseline
+from archsearch.search.baselines import Solve, baseline
 from archsearch.search.calibrate import calibrated
 from archsearch.search.crew import Crew
 from archsearch.search.export import exported, finalist_file, record_of, write_finalist
@@ -166,7 +166,7 @@ class Driver:
         noisy = OBJECTIVES[quest.objective].trains
         if noisy:
             starts += [Start("uniform, again", self._uniform, seed + more) for more in range(1, NOISE_SEEDS)]
-        starts += [Start(each.name, each.widths, seed) for each in self._baselines]
+        starts += [Start(name, solve(self._plan.targets), seed) for name, solve in self._baselines.items()]
         sampler = make_sampler(
             quest.sampler,
             self._surface.names,
@@ -236,12 +236,12 @@ class Driver:
         return kind(self._traced.cost, self._surface.allowed, self._plan.targets, believed)
 
     @cached_property
-    def _baselines(self) -> Sequence[Finalist]:
+    def _baselines(self) -> Mapping[str, Solve]:
         plan, given = self._plan, (self._weights, self._trained)
-        return [
-            Finalist(name, baseline(name, self._worth, self._surface, plan, *given))
+        return {
+            name: baseline(name, self._worth, self._surface, plan, *given)
             for name in self._quest.baseline_names
-        ]
+        }
 
     def _identity(self) -> dict[str, Any]:
         """Return what decides the values of the trials."""
@@ -281,27 +281,26 @@ class Driver:
     def _finalists(self, believed: Posterior) -> list[Finalist]:
         """Return uniform widths, those of the baselines, the recommendation and the best trials."""
         self._say(f"noise of a trial: {believed.noise:.3g}, as the model estimates it")
+        methods: dict[str, Solve] = {
+            "uniform": self._uniform_at,
+            **self._baselines,
+            "search": lambda targets: self._model.at(targets).best(),
+        }
         return [
-            Finalist("uniform", self._settled(self._uniform_at, self._uniform)),
-            *self._baselines,
-            Finalist("search", self._settled(self._recommended_at, believed.recommended)),
+            *(Finalist(name, self._settled(name, solve)) for name, solve in methods.items()),
             *best_trials(self._study, self._traced.cost, self._quest.best_trials),
         ]
 
-    def _settled(
-        self, solve: Callable[[list[Target]], Mapping[str, int]], widths: Mapping[str, int]
-    ) -> Mapping[str, int]:
-        """Return widths that meet a latency target as measured, or those given where there is none."""
-        if self._clock is None:
-            return widths
+    def _settled(self, name: str, solve: Solve) -> Mapping[str, int]:
+        """Return widths that meet the targets, a latency as measured."""
         targets = self._plan.targets
+        if self._clock is None:
+            return solve(targets)
+        self._say(f"{name}: widths for the finals")
         return settle(solve, self._traced.architecture, targets, self._clock, self._say)[0]
 
-    def _uniform_at(self, targets: list[Target]) -> Mapping[str, int]:
-        return uniform_widths(self._traced.cost, self._surface.allowed, targets)
-
-    def _recommended_at(self, targets: list[Target]) -> Mapping[str, int]:
-        return self._model.at(targets).best()
+    def _uniform_at(self, targets: Sequence[Target]) -> Mapping[str, int]:
+        return uniform_widths(self._traced.cost, self._surface.allowed, list(targets))
 
     def _times(self, finalists: Sequence[Finalist]) -> dict[str, Facts]:
         """Return what is known of the finalists' latencies, by name; nothing without a latency target."""
