@@ -225,6 +225,8 @@ def find(
         trainer = Trainer(source_data, device, Path(store), say, callbacks)
     if latency is not None and not isinstance(source, ModelSource) and not other_device:
         check_rebuilt(traced, trust_code)
+    if plan.drops_branches(traced.graph.sizes):
+        traced = traced.with_branches()
     aim = target_device(
         latency,
         table,
@@ -235,6 +237,11 @@ def find(
         store=Path(store),
         say=say,
     )
+    if aim is not None and plan.space.drop_branches and not aim.table.knows_branches:
+        say(
+            "latency: the table knows no network without a residual branch, and takes those for faster than "
+            "they are: make it with profile --drop-branches"
+        )
     if aim is not None and sought is None:
         traced, aimed_space = aimed(traced, plan.space, aim.table)
         plan = replace(plan, space=aimed_space)

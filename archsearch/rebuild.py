@@ -68,6 +68,8 @@ class Traced:
 
     def with_branches(self) -> Traced:
         """Return the same with the residual branches that may vanish, whose groups then may have width 0."""
+        if self.graph.branches:
+            return self
         graph = find_branches(self.model, self.graph, self.example)
         return replace(self, graph=graph, cost=CostModel(self.model, graph, self.cost.latency))
 

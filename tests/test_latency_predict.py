@@ -36,6 +36,7 @@ def test_the_sum_of_the_cells_is_looked_up() -> None:
         (3 + 1600) + (16 + 5600),
         16 * (16 + 56),  # pixels times what is made
         0,  # all that is made comes in multiples of four
+        0,  # nothing is gone
         9 * (3 * 16 + 16 * 56),
     ]
 
@@ -51,8 +52,8 @@ def test_macs_are_those_of_the_layers() -> None:
     assert features().macs(np.array([[16, 24]])).tolist() == [16 * 9 * (3 * 16 + 16 * 56)]
 
 
-def test_a_layer_without_channels_takes_no_time() -> None:
-    assert features().of(np.array([[0, 8]]))[0].tolist() == [0, 0, 0, 0]
+def test_a_layer_without_channels_is_only_counted() -> None:
+    assert features().of(np.array([[0, 8]]))[0].tolist() == [0, 0, 0, 2, 0]
 
 
 def test_between_measured_points_is_a_line_and_on_a_step_its_end() -> None:
@@ -119,10 +120,10 @@ def test_a_predictor_counts_weights_beyond_the_caches_once() -> None:
     row = np.array([[16, 24]])
     weights = 9 * (3 * 16 + 16 * 56)
     assert table.weights(row).tolist() == [weights]
-    assert table.of(row)[0, 3] == weights
-    all_count = Correction(np.array([1.0, 0, 0, 0.5]), 0.1, 0.01, 15)
-    some_are_free = Correction(np.array([1.0, 0, 0, 0.5]), 0.1, 0.01, 15, free_weights=100.0)
-    none_counts = Correction(np.array([1.0, 0, 0, 0.5]), 0.1, 0.01, 15, free_weights=1e6)
+    assert table.of(row)[0, -1] == weights
+    all_count = Correction(np.array([1.0, 0, 0, 0, 0.5]), 0.1, 0.01, 15)
+    some_are_free = Correction(np.array([1.0, 0, 0, 0, 0.5]), 0.1, 0.01, 15, free_weights=100.0)
+    none_counts = Correction(np.array([1.0, 0, 0, 0, 0.5]), 0.1, 0.01, 15, free_weights=1e6)
     ms = [float(Predictor(table, each)(row)[0][0]) for each in (none_counts, some_are_free, all_count)]
     assert np.diff(ms) == pytest.approx([0.5 * (weights - 100), 50])
 
@@ -201,7 +202,7 @@ def falling() -> Predictor:
     ms = np.add.outer(channels * 1.0, channels * 100.0)
     ms[:, 2] = 5000.0  # slower than the next wider ones
     ms[3, :] *= 2
-    correction = Correction(np.array([1.0, 0.0, 1e-3, 0.0]), 1.0, 0.05, 15)
+    correction = Correction(np.array([1.0, 0.0, 1e-3, 0.0, 0.0]), 1.0, 0.05, 15)
     return Predictor(features(Knots(channels, channels, ms)), correction)
 
 
@@ -243,7 +244,7 @@ def test_fifty_thousand_candidates_of_56_layers_take_less_than_a_second() -> Non
     channels = np.arange(8, 65, 8)
     knots = Knots(channels, channels, np.multiply.outer(channels, channels) * 1e-3)
     table = Features(layers, groups, {CONV: knots})
-    predictor = Predictor(table, Correction(np.array([1.0, 0, 0, 0]), 0.1, 0.01, 15))
+    predictor = Predictor(table, Correction(np.array([1.0, 0, 0, 0, 0]), 0.1, 0.01, 15))
     candidates = 8 * np.random.default_rng(0).integers(1, 9, (50_000, 28))
     predictor(candidates[:100])
     began = time.process_time()

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from torch import nn
 
 from archsearch import on_device
 from archsearch.cli.main import main
@@ -17,6 +19,7 @@ from archsearch.latency.quantum import Stairs, choose_widths
 from archsearch.latency.sampling import equal_macs_widths, random_widths
 from archsearch.latency.table import FITTED, LatencyTable
 from archsearch.space import Bounds, SearchSpace
+from archsearch.vanished import Vanished
 from tests.latency_case import PaperDevice, profiled, traced
 
 NETWORK = traced()
@@ -75,6 +78,27 @@ def test_the_interval_of_predictions_holds_nine_of_ten_networks_that_they_do_not
     assert found.shape[1] == len(noisy.networks(*FITTED)[0])
     assert 0.85 <= found.mean() <= 0.97
     assert assess(noisy).coverage_in_use == found.mean()
+
+
+def test_networks_without_branches_are_predicted_where_such_were_measured() -> None:
+    class Leftover(PaperDevice):
+        """Takes two microseconds for each layer that is gone."""
+
+        def milliseconds(self, model: nn.Module, example: Any) -> float:
+            gone = sum(isinstance(module, Vanished) for module in model.modules()) / 2  # a norm beside each
+            return super().milliseconds(model, example) + 0.002 * gone
+
+    whole = NETWORK.with_branches()
+    table = profiled(whole, Leftover(block=8), calibration=20, held_out=20).run()
+    assert table.knows_branches
+    assert assess(table).table.worst < 0.01
+    widths = {name: 8 for name in whole.graph.sizes} | {name: 0 for name in whole.graph.branches[3].groups}
+    small = whole.inherit({name: np.arange(width) for name, width in widths.items()})
+    exact = Leftover(block=8).milliseconds(small.eval(), NETWORK.example)
+    assert table.predict(whole.cost.array(widths))[0] == pytest.approx(exact, rel=0.01)
+    other = profiled(NETWORK, Leftover(block=8), calibration=20, held_out=20).run()
+    assert not other.knows_branches
+    assert other.predict(whole.cost.array(widths))[0] < 0.99 * exact
 
 
 def test_no_network_vouches_for_itself(table: LatencyTable) -> None:

@@ -26,6 +26,11 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     )
     model_options(profile)
     runtime_options(profile)
+    profile.add_argument(
+        "--drop-branches",
+        action="store_true",
+        help="measure networks that lack residual branches as well, for a search that may drop them",
+    )
     effort = profile.add_argument_group("effort")
     effort.add_argument("--max-seconds", type=float, metavar="S", help="as many cells as there is time for")
     effort.add_argument(
@@ -115,6 +120,8 @@ def run_profile(options: argparse.Namespace) -> None:
     check_picture(options.plot)
     files.probe(options.out.parent, 2**20)
     traced = traced_model(options)
+    if options.drop_branches:
+        traced = traced.with_branches()
     with _progress() as progress:
         profile = Profile(
             traced,

@@ -153,7 +153,7 @@ class Content(Frozen):
             if len(record.widths) != len(self.groups):
                 raise ValueError("a network has not one width for each group")
             for width, group in zip(record.widths, self.groups, strict=True):
-                if width not in group.widths:
+                if width and width not in group.widths:  # 0 in a residual branch that is gone
                     raise ValueError(f"a network has {width} channels in {shown(group.name)}: no known width")
         return self
 

@@ -56,7 +56,7 @@ class Settings:
             ("batch", 1),
             ("threads", 1),
             ("max_cells", 1),
-            ("calibration", 8),
+            ("calibration", 10),
             ("held_out", 10),
             ("blocks", FEWEST_BLOCKS),
         ):

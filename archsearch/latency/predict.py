@@ -4,9 +4,10 @@ The time of a network is nearly the sum of its layers' times, each looked up in 
 it reads and makes. What the sum misses (additions, poolings, what a layer measured alone finds in the caches)
 is fitted on whole networks, as an affine function with no negative coefficient of: the sum, the elements
 that layers write, the multiply-adds of layers that make ragged channels (kernels like multiples of four, and
-few cells between these are measured), and the weights beyond the caches; then the cells of each signature get
-a factor of their own (``correction``). All but the caches are sums over the layers: the correction goes
-into the grids, and a prediction is a look-up a layer.
+few cells between these are measured), the layers that are gone with a residual branch (zeros in their place
+are added all the same), and the weights beyond the caches; then the cells of each signature get a factor of
+their own (``correction``). All but the caches are sums over the layers: the correction goes into the grids,
+and a prediction is a look-up a layer.
 
 Steps are never interpolated: a grid has every count of channels that can be, or the ends of the steps that
 were found along its two axes, and what lies on a step takes the time of its end. Where the ends are too many
@@ -31,7 +32,7 @@ from archsearch.latency.correction import Correction
 Floats: TypeAlias = npt.NDArray[np.float64]
 Integers: TypeAlias = npt.NDArray[np.int64]
 
-FEATURES = ("cells", "written", "ragged", "weights")
+FEATURES = ("cells", "written", "ragged", "gone", "weights")
 
 VECTOR = 4
 """Channels whose multiples kernels like: 128 bits of float32."""
@@ -110,7 +111,7 @@ class Features:
         knots: Measured times by signature.
 
     Attributes:
-        tables: The features of each signature by its channels, ``(R, M, 4)``; see ``FEATURES``.
+        tables: The features of each signature by its channels, ``(R, M, 5)``; see ``FEATURES``.
     """
 
     def __init__(
@@ -147,7 +148,7 @@ class Features:
         return self._reads.positions(floating) + self._makes.positions(floating)
 
     def of(self, widths: Integers) -> Floats:
-        """Return the features of candidates, ``(B, G) -> (B, 4)``."""
+        """Return the features of candidates, ``(B, G) -> (B, 5)``."""
         joint = np.concatenate([table.reshape(-1, len(FEATURES)) for table in self.tables])
         sums: Floats = joint[self.positions(widths)].sum(axis=1)
         return sums
@@ -204,20 +205,23 @@ def axes_of(
 
 
 def _features(signature: Signature, reads: Integers, makes: Integers, knots: Knots) -> Floats:
-    """Return the features of a layer by its channels, ``(R, M, 4)``; a layer without channels has none."""
+    """Return the features of a layer by its channels, ``(R, M, 5)``; one without channels is only gone."""
     if len(reads) * len(makes) > MAX_ENTRIES:
         raise UsageError(f"the layers {signature} have {len(reads)} times {len(makes)} possible channels")
     rows, columns = np.meshgrid(reads, makes, indexing="ij")
+    gone = (rows == 0) | (columns == 0)
     features = np.stack(
         [
             knots.at(reads, makes),
             columns * float(signature.output_pixels),
             rows * columns * float(signature.macs_a_weight * prod(signature.kernel)) * (columns % VECTOR > 0),
+            np.zeros(gone.shape),
             rows * columns * float(prod(signature.kernel)),
         ],
         axis=-1,
     )
-    features[(rows == 0) | (columns == 0)] = 0
+    features[gone] = 0
+    features[gone, FEATURES.index("gone")] = 1
     return features
 
 

@@ -29,7 +29,7 @@ from archsearch.latency.quantum import (
     find_quantum,
     stairs_of,
 )
-from archsearch.latency.sampling import equal_macs_widths, random_widths
+from archsearch.latency.sampling import equal_macs_widths, random_widths, without_branches
 from archsearch.latency.subject import Subject
 from archsearch.latency.table import LatencyTable
 from archsearch.latency.workbench import Job, Workbench
@@ -58,7 +58,7 @@ class Profile:
     """Measures one network on one device.
 
     Args:
-        traced: The reference.
+        traced: The reference; with the branches that may vanish, networks without them are measured as well.
         allowed: Returns the widths that each group may have, given the multiples of channels worth having.
         settings: What to measure and how.
         journal: Where to write each measurement down; ``None`` does not.
@@ -261,6 +261,9 @@ class Profile:
         rows = [tuple(row) for row in free.tolist() if tuple(row) not in taken]
         full = tuple(int(step[-1]) for step in steps)
         rows = [full, *(row for row in rows if row != full)]
+        columns = {name: column for column, name in enumerate(cost.names)}
+        branches = [[columns[name] for name in branch.groups] for branch in self._traced.graph.branches]
+        rows = [full, *without_branches(rows[1:], branches, generator)]
         calibration, held_out = rows[: chosen.calibration], rows[chosen.calibration :]
         if len(calibration) < chosen.calibration or not held_out:
             raise UsageError(

@@ -27,6 +27,11 @@ EQUAL = 0.02
 
 DRAWS = 200
 
+MOST_GONE = 0.6
+"""Of the residual branches that may vanish, on average in the networks that lack most."""
+
+Row = tuple[int, ...]
+
 
 def random_widths(steps: Sequence[Integers], count: int, generator: np.random.Generator) -> Integers:
     """Return distinct random widths, ``(count, G)`` or fewer where there are no more.
@@ -46,6 +51,28 @@ def random_widths(steps: Sequence[Integers], count: int, generator: np.random.Ge
         shares = generator.normal(mean, SCATTER, len(steps)) + _trend(len(steps), generator)
         found[tuple(_nearest(steps, shares.clip(0, 1)))] = None
     return np.array(list(found), dtype=np.int64).reshape(-1, len(steps))
+
+
+def without_branches(
+    rows: Sequence[Row], branches: Sequence[Sequence[int]], generator: np.random.Generator
+) -> list[Row]:
+    """Return widths, every second of them with width 0 in some of the residual branches.
+
+    Args:
+        rows: Of each network.
+        branches: The columns of the groups of each branch that may vanish.
+        generator: Of the draws.
+    """
+    thinned = []
+    for number, row in enumerate(rows):
+        widths = np.array(row)
+        if number % 2 and branches:
+            share = generator.uniform(0, MOST_GONE)
+            for columns in branches:
+                if generator.random() < share:
+                    widths[list(columns)] = 0
+        thinned.append(tuple(widths.tolist()))
+    return thinned
 
 
 def equal_macs_widths(

@@ -76,6 +76,8 @@ class Subject:
             # Code of the user's own may have changed under the same name.
             "layers": [layer.model_dump(mode="json") for layer in self.layers],
         }
+        if self.traced.graph.branches:
+            facts["branches"] = [branch.name for branch in self.traced.graph.branches]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def network(self, row: Sequence[int]) -> Made:

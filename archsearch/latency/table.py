@@ -92,6 +92,11 @@ class LatencyTable:
         text = json.dumps(self.content.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
+    @cached_property
+    def knows_branches(self) -> bool:
+        """Whether networks that lack residual branches are among those that it is fitted on."""
+        return bool((self.networks(*FITTED)[0] == 0).any())
+
     def predict(self, widths: npt.ArrayLike) -> tuple[Floats, Floats, Floats]:
         """Return milliseconds, and the lower and upper end of their 90 % interval, ``(..., G) -> (...)``.
 
