@@ -11,6 +11,7 @@ import torch
 
 from archsearch.cost import CostModel, Latency
 from archsearch.errors import ArchsearchError, UsageError
+from archsearch.latency.accuracy import assess
 from archsearch.latency.devices import opened
 from archsearch.latency.fingerprint import differences
 from archsearch.latency.layers import find_layers
@@ -75,6 +76,7 @@ def target_device(
     if runtime is not None and traced is not None:
         settings = _settings(runtime, device)
         own = own_table(traced, allowed_of(traced), settings, store / "latency", leads=is_main(), say=say)
+        _complain(own, say)
         return TargetDevice(own, here=True)
     if table is None:
         return None
@@ -84,7 +86,17 @@ def target_device(
         raise UsageError(
             f"{table} was measured elsewhere ({away}): profile this device, or give --other-device"
         )
+    _complain(read, say)
     return TargetDevice(read, here=not away)
+
+
+def _complain(table: LatencyTable, say: Callable[[str], None]) -> None:
+    """Say why a table is not good enough, if it is not."""
+    for complaint in assess(table).complaints:
+        say(
+            f"latency: the table is not as good as it should be: {complaint}; more --blocks or --calibration "
+            "of profile may mend it"
+        )
 
 
 def allowed_of(traced: Traced) -> Callable[[int], Mapping[str, Any]]:

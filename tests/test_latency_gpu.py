@@ -155,7 +155,7 @@ def test_a_small_table_is_made() -> None:
         return SearchSpace(Bounds(round_to=quantum)).allowed(traced.graph)
 
     settings = Settings(
-        runtime="cudagraph", device="cuda", batch=8, max_cells=60, calibration=8, held_out=10, blocks=3
+        runtime="cudagraph", device="cuda", batch=8, max_cells=60, calibration=10, held_out=10, blocks=3
     )
     table = Profile(traced, allowed, settings).run()
     assert table.reference_ms > 0

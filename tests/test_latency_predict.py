@@ -292,9 +292,9 @@ def test_kinds_of_layers_have_a_say_by_how_many_they_are() -> None:
 def test_where_channels_do_not_matter_nothing_is_a_step() -> None:
     launch_bound = curve([100 + 0.01 * width for width in PROBES])
     assert launch_bound.flat
-    assert find_quantum([launch_bound]) == 1
-    assert find_quantum([launch_bound, curve(stairs(8))]) == 8
-    assert find_quantum([]) == 1
+    assert launch_bound.quantum == launch_bound.block == 1
+    assert find_quantum([launch_bound, curve(stairs(16))]) == 16
+    assert find_quantum([launch_bound]) == find_quantum([]) == 8
 
 
 def test_each_axis_of_a_kind_of_layers_has_its_own_step() -> None:

@@ -92,7 +92,7 @@ def test_networks_without_branches_are_predicted_where_such_were_measured() -> N
     table = profiled(whole, Leftover(block=8), calibration=20, held_out=20).run()
     assert table.knows_branches
     assert assess(table).table.worst < 0.01
-    widths = {name: 8 for name in whole.graph.sizes} | {name: 0 for name in whole.graph.branches[3].groups}
+    widths = dict.fromkeys(whole.graph.sizes, 8) | dict.fromkeys(whole.graph.branches[3].groups, 0)
     small = whole.inherit({name: np.arange(width) for name, width in widths.items()})
     exact = Leftover(block=8).milliseconds(small.eval(), NETWORK.example)
     assert table.predict(whole.cost.array(widths))[0] == pytest.approx(exact, rel=0.01)

@@ -131,7 +131,7 @@ def test_the_table_of_this_machine_is_measured_once(tmp_path: Path) -> None:
 
 @pytest.mark.slow  # a real table, measured
 def test_a_runtime_in_place_of_a_table(tmp_path: Path) -> None:
-    runtime = {"runtime": "torch", "max_cells": 20, "calibration": 8, "held_out": 10, "blocks": 3}
+    runtime = {"runtime": "torch", "max_cells": 20, "calibration": 10, "held_out": 10, "blocks": 3}
     given: dict[str, Any] = {
         "latency": 0.9,
         "runtime": runtime,

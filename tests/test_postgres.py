@@ -16,6 +16,7 @@ from pathlib import Path
 import optuna
 import pytest
 from engine_case import until
+from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.storages._cached_storage import _CachedStorage
@@ -289,6 +290,36 @@ def test_a_dashboard_shows_a_shared_study(server: Server, stack: ExitStack, tmp_
             dashboard.shutdown()
             thread.join()
     assert "shown" in [study["study_name"] for study in studies]
+
+
+def test_a_dashboard_of_all_run_directories_has_the_artifacts_of_all_drivers(
+    server: Server, stack: ExitStack, tmp_path: Path
+) -> None:
+    runs, kept = [tmp_path / "first", tmp_path / "second"], dict[str, bytes]()
+    for run in runs:
+        driver = Driver(stack, run.name, "told together")
+        trial = driver.study.ask()
+        (run / "artifacts").mkdir(parents=True)
+        driver_name(run, "told together")
+        file = run / "architecture.yaml"
+        file.write_text(f"made by {run.name}", encoding="utf-8")
+        store = FileSystemArtifactStore(run / "artifacts")
+        artifact = upload_artifact(
+            artifact_store=store, file_path=str(file), study_or_trial=trial, storage=driver.storage
+        )
+        kept[f"/artifacts/{driver.study._study_id}/{trial._trial_id}/{artifact}"] = file.read_bytes()
+    with serving(runs[1], beside=runs[:1], port=0) as dashboard:
+        thread = threading.Thread(target=dashboard.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            for path, content in kept.items():
+                with urllib.request.urlopen(
+                    f"http://127.0.0.1:{dashboard.server_port}{path}", timeout=60
+                ) as a:
+                    assert a.read() == content
+        finally:
+            dashboard.shutdown()
+            thread.join()
 
 
 # ------------------------------------------------------------------------------------- a server that stops

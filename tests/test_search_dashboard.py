@@ -15,12 +15,13 @@ from typing import Any
 import optuna
 import pytest
 from optuna.artifacts import get_all_artifact_meta
+from optuna.artifacts.exceptions import ArtifactNotFound
 from search_case import FACTS, GROUPS, make_run, running_trial
 
 from archsearch import files
 from archsearch.cli import main
 from archsearch.errors import ResourceError, StorageError, UsageError
-from archsearch.search.artifacts import annotate, annotate_trial
+from archsearch.search.artifacts import Folders, annotate, annotate_trial
 from archsearch.search.dashboard import Guard, chosen, serving
 from archsearch.search.notes import of_study
 from archsearch.search.page import write_plots
@@ -210,6 +211,38 @@ def test_a_run_of_a_shared_study_is_found_and_not_edited(
         serving(tmp_path / "shared", allow_edit=True).__enter__()
 
 
+def test_run_directories_go_together_only_where_they_share_a_study(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, study in (("first", "one"), ("second", "other")):
+        (tmp_path / name).mkdir()
+        files.write_json(tmp_path / name / "driver.json", {"driver": name, "study": study})
+    make_run(tmp_path / "alone")
+    for run, other in (("first", "second"), ("first", "alone"), ("alone", "first"), ("alone", "alone")):
+        with pytest.raises(UsageError, match=f"{other}: is no run of the study of .*{run}: several"):
+            serving(tmp_path / run, beside=[tmp_path / other], port=0).__enter__()
+    assert main(["dashboard", str(tmp_path / "first"), str(tmp_path / "second"), "--port", "0"]) == 2
+    assert "second: is no run of the study of" in capfd.readouterr().err.replace("\n", " ")
+
+
+def test_artifacts_of_several_runs_are_found_in_whichever_has_them(tmp_path: Path) -> None:
+    runs = [tmp_path / "first", tmp_path / "not yet there", tmp_path / "second"]
+    for run, names in ((runs[0], "ab"), (runs[2], "bc")):
+        (run / "artifacts").mkdir(parents=True)
+        for name in names:
+            (run / "artifacts" / name).write_text(run.name, encoding="utf-8")
+    store = Folders(runs)
+    found = {}
+    for name in "abc":
+        with store.open_reader(name) as content:
+            found[name] = content.read()
+    assert found == {"a": b"first", "b": b"first", "c": b"second"}
+    with pytest.raises(ArtifactNotFound):
+        store.open_reader("d")
+    with pytest.raises(ValueError, match="Invalid artifact_id"):
+        store.open_reader("../../second/artifacts/c")
+
+
 def test_without_optuna_dashboard_the_error_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,6 +302,14 @@ def test_a_study_names_its_objective_and_says_how_to_read_it(tmp_path: Path) -> 
     ):
         assert told in note
     assert f"{len(GROUPS)}, {sum(size for _, size in GROUPS)} channels" in note
+
+
+def test_a_note_says_that_a_latency_is_met_by_prediction_only() -> None:
+    plain = of_study(FACTS)
+    timed = of_study({**FACTS, "reference": {**FACTS["reference"], "latency_ms": 2.0}})
+    assert "all trials" in plain and "measured may miss" not in plain
+    assert "the latency *as predicted*" in timed and "what is measured may miss the target" in timed
+    assert plain.count("nothing has to be filtered") == timed.count("nothing has to be filtered") == 1
 
 
 def test_plots_become_artifacts_of_the_study_and_new_ones_take_their_place(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ from archsearch.search.sampler import MODEL, SAMPLERS
 from archsearch.search.standing import Standing
 from archsearch.targets import Target
 from archsearch.trainer import Trainer
+from archsearch.training.callbacks import Callback
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
@@ -146,6 +147,11 @@ def test_status_best_and_export_only_read(
         (["status", "nowhere"], "nowhere: has no search"),
         (["stauts", "nowhere"], "did you mean status"),
         (["status", "nowhere", "--trial", "1"], "--trial goes with"),
+        (["resnet20", "--flops", "0.5"], "resnet20 is a model, not an action: give --model resnet20"),
+        (["torchvision/resnet18"], "give --model torchvision/resnet18"),
+        ([FACTORY, "--flops", "0.5"], f"give --model {FACTORY}"),
+        (["resnet"], "unknown action resnet"),
+        (["--model", "lenet5", "--flops", "0.5", "--sampler", "modle"], "did you mean model"),
     ],
 )
 def test_wrong_questions_are_refused(words: list[str], message: str, capsys: Any) -> None:
@@ -186,6 +192,30 @@ def test_find_with_the_method_search_is_the_same_search(
     reference, uniform = found.record.arms[:2]
     assert reference == replace(searched[1].record.arms[0], seconds=reference.seconds)
     assert uniform.accuracies == searched[1].record.arms[1].accuracies
+
+
+def test_what_find_has_trained_is_not_trained_again_by_a_search_on_its_store(tmp_path: Path) -> None:
+    met: set[Path] = set()
+    stepped: set[Path] = set()
+
+    def watch(label: str, place: Path) -> list[Callback]:
+        class Watch(Callback):
+            def on_step(self, state: Any) -> None:
+                stepped.add(place)
+
+        met.add(place)
+        return [Watch()]
+
+    find(FACTORY, method="l1_norm", budget="scratch-e", **asked(tmp_path, callbacks=watch))
+    before, store = set(stepped), tmp_path / "store" / "trainings"
+    assert before == set(store.iterdir())
+    met.clear()
+    stepped.clear()
+    settings: dict[str, Any] = {"trials": 3, "objective": "full", "finals": 2, "baselines": []}
+    search(FACTORY, **settings, **asked(tmp_path, callbacks=watch, out=tmp_path / "searched"))
+    assert len(met & before) == 2, "the reference, and uniform widths with the first seed"
+    assert not stepped & before
+    assert stepped | before == set(store.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -234,7 +264,7 @@ def test_a_method_that_trains_the_reference_its_own_way_leaves_the_test_set_alon
     assert not list(tmp_path.rglob("test.json"))
 
 
-def test_latencies_are_predicted_for_trials_and_finalists(tmp_path: Path) -> None:
+def test_latencies_are_predicted_for_trials_and_finalists_and_the_best(tmp_path: Path, capsys: Any) -> None:
     table = profiled(network(), PaperDevice(block=2), round_to=2).run()
     table.write(tmp_path / "paper.lat.json")
     elsewhere = files.read_json(tmp_path / "paper.lat.json")
@@ -266,6 +296,11 @@ def test_latencies_are_predicted_for_trials_and_finalists(tmp_path: Path) -> Non
     reference = Standing.read(tmp_path / "out").facts["reference"]
     assert reference["latency_ms"] == pytest.approx(table.reference_ms)
 
+    recommended = files.read_json(tmp_path / "out" / "model.json")["recommended"]
+    ms, low, high = map(float, table.predict([recommended[name] for name in table.names]))
+    assert main(["search", "best", str(tmp_path / "out"), "--trust-code"]) == 0
+    assert f"predicted latency: {ms:.4g} ms, {low:.4g} to {high:.4g} with 90 %; " in capsys.readouterr().out
+
 
 def test_finalists_are_measured_before_the_finals_where_the_device_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -285,7 +320,7 @@ def test_finalists_are_measured_before_the_finals_where_the_device_is(
     given |= {"objective": "proxy", "finals": 2}
     found = search(FACTORY, **asked(tmp_path, **given))
     arms = {arm.widths: arm.latency for arm in found.record.arms}
-    assert all(0.8 < (arms[name] or 0) for name in ("uniform", "l1_norm:knapsack", "search"))
+    assert all((arms[name] or 0) > 0.8 for name in ("uniform", "l1_norm:knapsack", "search"))
     assert all(share is not None and share <= 0.997 for name, share in arms.items() if name != "reference")
     assert "latency kept" in found.record.markdown()
     assert len(measured) == len(set(measured))
@@ -322,6 +357,11 @@ def test_only_samplers_without_a_recommendation_send_their_best_trial_to_the_fin
     assert Quest(plan()).best_trials == 0
     assert Quest(plan(), sampler="random").best_trials == 1
     assert Quest(plan(), top=3).best_trials == 3
+
+
+def test_the_default_is_among_the_samplers_that_an_error_names() -> None:
+    with pytest.raises(UnknownNameError, match="known: gp, model, nsga2, random, tpe "):
+        Quest(plan(), sampler="Zufall")
 
 
 def test_samplers_and_objectives_are_listed() -> None:

@@ -20,7 +20,7 @@ from archsearch.errors import InfeasibleError, UnknownNameError, UsageError
 from archsearch.models import resolve
 from archsearch.rebuild import trace_source
 from archsearch.search import pareto
-from archsearch.search.front_picture import draw_front
+from archsearch.search.front_picture import draw_front, front_figure
 from archsearch.search.model import AdditiveModel
 from archsearch.search.pareto import Front
 from archsearch.search.points import Point, table, undominated
@@ -86,7 +86,8 @@ def test_all_trials_come_before_the_first_finals(found: tuple[Path, Front, list[
 def test_the_front_is_written_as_data_table_and_picture(found: tuple[Path, Front, list[str]]) -> None:
     directory, result, _ = found
     out = directory / "out"
-    assert result.files[:3] == [out / "front.json", out / "front.md", out / "front.png"]
+    names = ["front.json", "front.md", "front.png", "front.html", "plotly.min.js"]
+    assert result.files[:5] == [out / name for name in names]
     assert all(path.stat().st_size > 0 for path in result.files)
     points = files.read_json(out / "front.json")["points"]
     names = ["uniform", "l1_norm:knapsack", "search"]
@@ -251,11 +252,27 @@ def test_a_point_that_another_one_beats_is_drawn_hollow(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(Axes, "errorbar", spy)
     points = [point(100, 97.0, network="reference"), point(50, 95, 96), point(49, 96, 97, network="uniform")]
-    draw_front(points, "flops", "a title", tmp_path / "front.png")
+    draw_front(points, "flops", "a title", tmp_path)
     assert drawn[50] == "white" and "white" not in (drawn[100], drawn[49])
     (low, high), (left, right) = seen[0].get_ylim(), seen[0].get_xlim()
     assert 90 < low < 94.8 and 97.2 < high < 100 and 40 < left < 49 and 100 < right < 110
     assert (tmp_path / "front.png").stat().st_size > 5000
+
+
+def test_the_page_of_a_front_shows_what_its_picture_shows_and_needs_no_network(tmp_path: Path) -> None:
+    found = [point(100, 97.0, network="reference"), point(50, 95, 96), point(30, 90, 92),
+             point(49, 96, 97, network="uniform"), point(31, 88, 90, network="<b>")]  # fmt: skip
+    shown = {trace.name: trace for trace in front_figure(found, "flops", "a title").data}
+    assert list(shown) == ["reference", "search", "uniform", "&lt;b&gt;"]
+    search = shown["search"]
+    assert (list(search.x), list(search.y)) == ([30, 50], [91.0, 95.5])
+    assert list(search.error_y.array) == pytest.approx([2**0.5, 0.5**0.5])
+    assert [symbol.endswith("-open") for symbol in search.marker.symbol] == [False, True]
+    written = draw_front(found, "flops", "a <title>", tmp_path)
+    assert [path.name for path in written] == ["front.png", "front.html", "plotly.min.js"]
+    page = (tmp_path / "front.html").read_text(encoding="utf-8")
+    assert 'src="plotly.min.js"' in page and 'src="http' not in page
+    assert "a &lt;title&gt;" in page.encode().decode("unicode_escape") and "MACs kept, %" in page
 
 
 def test_without_matplotlib_the_front_has_no_picture_and_says_so(
@@ -263,10 +280,10 @@ def test_without_matplotlib_the_front_has_no_picture_and_says_so(
 ) -> None:
     _, result, _ = found
     said: list[str] = []
-    monkeypatch.setattr(pareto, "find_spec", lambda name: None)
+    monkeypatch.setattr("archsearch.search.pictures.find_spec", lambda name: None)
     written = pareto.write(tmp_path, "flops", result.points, result.searches, said.append)
     assert [path.name for path in written] == ["front.json", "front.md"]
-    assert "archsearch[plots]" in said[0]
+    assert said == ["no pictures without matplotlib and plotly: pip install 'archsearch[plots]'"]
 
 
 def test_trials_of_other_targets_bring_the_recommendation_nearer_to_the_optimum() -> None:

@@ -11,9 +11,13 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 
 from archsearch import files
+from archsearch.models import resolve
+from archsearch.rebuild import load, trace_source
 from archsearch.search import presence
 from archsearch.search.claims import BEAT, DRIVER, NOTE
+from archsearch.search.export import write_finalist
 from archsearch.search.facts import FACTS
+from archsearch.search.posterior import Gain, Posterior
 from archsearch.search.presence import Presence
 from archsearch.search.standing import Standing
 from archsearch.search.study import ORIGIN, opened
@@ -26,11 +30,11 @@ def status(run: Path) -> list[str]:
     return list(Standing.read(run).status())
 
 
-def begin(run: Path, ended: int, running: int) -> Callable[[], Any]:
+def begin(run: Path, ended: int, running: int, **told: Any) -> Callable[[], Any]:
     """Return a context in which a driver is at work on a study of so many trials."""
     place = opened(run, {"a": 1})
     study = place.__enter__()
-    study.set_user_attr(FACTS, TOLD)
+    study.set_user_attr(FACTS, {**TOLD, **told})
     for number in range(ended + running):
         trial = study.ask()
         trial.set_user_attr(ORIGIN, "uniform")
@@ -56,6 +60,22 @@ def test_a_search_has_ended_when_its_finals_were_held(tmp_path: Path) -> None:
     assert status(tmp_path)[-1] == ABSENT, "it was killed in its finals"
     files.write_json(tmp_path / "results.json", {})
     assert status(tmp_path)[-1] == f"ended: the results are in {tmp_path}/results.json"
+
+
+def test_what_best_says_of_dropped_branches_is_what_is_exported(tmp_path: Path) -> None:
+    traced = trace_source(resolve("resnet20"), {"in_channels": 1}, (1, 8, 8))
+    sizes = traced.graph.sizes
+    write_finalist(traced, "uniform", sizes, tmp_path)
+    begin(tmp_path, ended=1, running=0, groups=list(sizes.items()), objective="short")()
+    gone = {**sizes, "layer1.1.conv1": 0, "layer3.2.conv1": 0}
+    Posterior(1, 0.4, gone, {}, Gain(0.8, 0.1, 1.5)).write(tmp_path)
+    standing = Standing.read(tmp_path)
+    said = standing.best().splitlines()
+    written = standing.export(tmp_path / "best.yaml")
+    assert written.cost.macs is not None
+    parameters = sum(parameter.numel() for parameter in load(tmp_path / "best.yaml").parameters())
+    assert f"{written.cost.macs.value:,} MACs, {parameters:,} parameters" in said
+    assert "layer3.2.conv1: 0 of 64" in said
 
 
 class Shared:

@@ -16,15 +16,16 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
         "dashboard",
         help="show a search in the browser, while it runs or afterwards",
         description="Serve Optuna's dashboard of a search on 127.0.0.1: its trials, notes, pictures and "
-        "architecture files.\nIt only reads, and may run beside the search. Ctrl-C ends it.",
+        "architecture files.\nIt only reads, and may run beside the search. Ctrl-C ends it.\nOf a study that "
+        "drivers share give all run directories: each driver keeps the files of its own trials.",
     )
     dashboard.add_argument(
-        "run",
-        nargs="?",
+        "runs",
+        nargs="*",
         type=Path,
-        default=Path("runs"),
+        default=[Path("runs")],
         metavar="RUN",
-        help="run directory of a search, or a directory of runs: the newest search in it (%(default)s)",
+        help="run directory of a search, or a directory of runs: the newest search in it (runs)",
     )
     dashboard.add_argument(
         "--port", type=int, default=8080, metavar="N", help="0 takes a free one (%(default)s)"
@@ -54,11 +55,12 @@ def run_dashboard(options: argparse.Namespace) -> None:
     """Serve until the user stops it."""
     from archsearch.search.dashboard import HOST, chosen, serving
 
-    run, others = chosen(options.run)
+    first, *beside = options.runs
+    run, others = chosen(first)
     if others:
         say(f"{run} is the newest of {len(others) + 1} searches; the others: {', '.join(map(str, others))}")
     hosts, edit = options.allowed_host, options.allow_edit
-    with serving(run, port=options.port, hosts=hosts, allow_edit=edit) as server:
+    with serving(run, beside=beside, port=options.port, hosts=hosts, allow_edit=edit) as server:
         how = "may be edited" if edit else "read-only"
         show_result(f"{run}: http://{HOST}:{server.server_port}/dashboard ({how}; Ctrl-C ends)")
         try:

@@ -21,6 +21,8 @@ from archsearch.cli.values import named_values, run_name, study_arguments
 from archsearch.errors import UsageError
 from archsearch.search import defaults
 
+ACTIONS = ("status", "best", "export")
+
 
 def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     """Add the parser of the command."""
@@ -37,7 +39,8 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     search.add_argument(
         "action",
         nargs="?",
-        choices=("status", "best", "export"),
+        type=_action,
+        choices=ACTIONS,
         metavar="ACTION",
         help="status, best or export, of RUN; without, search",
     )
@@ -140,6 +143,29 @@ def _look(options: argparse.Namespace) -> None:
         path = options.out or Path("architecture.yaml")
         standing.export(path, options.trial, trust_code=options.trust_code)
         show_result(f"wrote {path}")
+
+
+def _action(word: str) -> str:
+    """Return an action as it was typed.
+
+    Raises:
+        UsageError: If it names a model, which an option does.
+    """
+    if word not in ACTIONS and _names_model(word):
+        raise UsageError(f"'{word}' is a model, not an action: give --model {word}")
+    return word
+
+
+def _names_model(word: str) -> bool:
+    from archsearch.models import resolve
+
+    if ":" in word:
+        return True  # code, which is not imported to find out
+    try:
+        resolve(word)
+    except UsageError:
+        return False
+    return True
 
 
 COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = {"search": run_search}

@@ -165,7 +165,10 @@ def parse(data: object, where: str) -> Content:
         SpecError: As ``file: field: reason``, for the first rule that is broken.
     """
     if isinstance(data, dict) and data.get("format") != FORMAT:
-        raise SpecError(f"{where}: format: is {shown(data.get('format'))}, this version reads {FORMAT}")
+        raise SpecError(
+            f"{where}: format: is {shown(data.get('format'))}, this version reads {FORMAT}: profile the "
+            "device again"
+        )
     try:
         # Strict in JSON's own way: a list may be a tuple, but no text a number.
         return Content.model_validate_json(json.dumps(data))

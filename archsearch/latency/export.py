@@ -103,7 +103,10 @@ def start_engine(
             f"the runtime cannot run the network ({first_line(reason)}): give another --runtime"
         ) from reason
     if not (error <= expected.tolerance or expected.overflown):
-        raise UsageError(f"the exported network differs from torch's by {error:.1e} of its largest output")
+        raise UsageError(
+            f"the exported network differs from torch's by {error:.1e} of its largest output: measure it "
+            "with --runtime torch or compile"
+        )
     _graphs[code] = _without_tensors(graph, model.state_dict())
     while len(_graphs) > GRAPHS_KEPT:
         _graphs.popitem(last=False)

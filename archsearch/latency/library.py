@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from archsearch import files
-from archsearch.latency.accuracy import assess
 from archsearch.latency.meter import Meter, Settings
 from archsearch.latency.profile import Profile
 from archsearch.latency.quantum import Allowed
@@ -67,8 +66,6 @@ def own_table(
         table = profile.run()
         table.write(path)
         profile.finish()
-    for complaint in assess(table).complaints:
-        say(f"latency: the table is not as good as it should be: {complaint}")
     return table
 
 

@@ -44,6 +44,10 @@ WORTH = 0.25
 FLAT = 0.1
 """Half of the channels save at least this share of the time, or the channels do not matter."""
 
+UNKNOWN = 8
+"""The quantum where the channels of no layer matter: no step can be seen then, and where they come to matter,
+with larger batches, kernels like multiples of eight."""
+
 FEWEST = 4
 """Widths that a group should have to choose from."""
 
@@ -98,7 +102,7 @@ class Staircase(Frozen):
     @property
     def quantum(self) -> int:
         """The quantum of this kind of layer alone; 1 where the channels hardly matter."""
-        return find_quantum([self])
+        return 1 if self.flat else find_quantum([self])
 
     @property
     def block(self) -> int:
@@ -144,7 +148,7 @@ def find_quantum(staircases: Sequence[Staircase]) -> int:
     """Return the quantum by the rule above, at most 32.
 
     The savings of the kinds of layers are averaged by how many layers there are of each. Kinds whose channels
-    hardly matter have no say; 1 if all are such.
+    hardly matter have no say; 8 if all are such.
     """
     known = [staircase for staircase in staircases if not staircase.flat]
     layers = sum(staircase.layers for staircase in known)
@@ -152,7 +156,9 @@ def find_quantum(staircases: Sequence[Staircase]) -> int:
     def saving(quantum: int, part: int) -> float:
         return sum(staircase.layers * staircase.saving(quantum, part) for staircase in known) / layers
 
-    for quantum in reversed(CANDIDATES) if known else ():
+    if not known:
+        return UNKNOWN
+    for quantum in reversed(CANDIDATES):
         parts = [part for part in (1, *CANDIDATES) if part < quantum]
         if all(saving(quantum, part) < WORTH for part in parts):
             return quantum

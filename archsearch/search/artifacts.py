@@ -7,6 +7,7 @@ drawn by matplotlib and plotly: what is not installed is left out, and the searc
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 import warnings
@@ -14,10 +15,11 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, BinaryIO
 
 import optuna
 from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta, upload_artifact
+from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.exceptions import ExperimentalWarning
 from optuna.trial import FrozenTrial
 
@@ -30,6 +32,8 @@ from archsearch.search.task import TASK, Result, Task
 from archsearch.search.work import TASKS, task_directory
 
 DIRECTORY = "artifacts"
+"""In a run directory. Drivers that share a study keep the files of their own trials, each in its own run."""
+
 FIGURES = ("accuracy", "finals", "widths", "utility", "keeps")
 """The pictures that the dashboard has no page of its own for."""
 
@@ -90,6 +94,36 @@ def annotate_trial(study: optuna.Study, run: Path, number: int) -> None:
                 draw_training(Path(result.training), f"trial {number}", place / "training.png")
         for path in sorted(place.iterdir()):
             _keep(study, trial, run, path)
+
+
+class Folders:
+    """The artifacts of several run directories as one store; what is new goes into the first.
+
+    Args:
+        runs: The run directories.
+    """
+
+    def __init__(self, runs: Sequence[Path]) -> None:
+        self._stores = [FileSystemArtifactStore(run / DIRECTORY) for run in runs]
+
+    def open_reader(self, artifact_id: str) -> BinaryIO:
+        """Open an artifact in the first directory that has it.
+
+        Raises:
+            ArtifactNotFound: If none has.
+        """
+        for store in self._stores:
+            with contextlib.suppress(ArtifactNotFound):
+                return store.open_reader(artifact_id)
+        raise ArtifactNotFound("not found")
+
+    def write(self, artifact_id: str, content_body: BinaryIO) -> None:
+        """Keep an artifact in the first directory."""
+        self._stores[0].write(artifact_id, content_body)
+
+    def remove(self, artifact_id: str) -> None:
+        """Remove an artifact from the first directory."""
+        self._stores[0].remove(artifact_id)
 
 
 def _keep(study: optuna.Study, owner: optuna.Study | FrozenTrial, run: Path, path: Path) -> None:

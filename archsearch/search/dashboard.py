@@ -17,7 +17,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from archsearch import files
 from archsearch.errors import ResourceError, UsageError
-from archsearch.search.artifacts import DIRECTORY
+from archsearch.search.artifacts import Folders
 from archsearch.search.claims import NOTE, shared_study
 from archsearch.search.reading import read_only
 from archsearch.search.storage import FILE, storage
@@ -91,7 +91,12 @@ class _Quiet(WSGIRequestHandler):
 
 @contextlib.contextmanager
 def serving(
-    run: Path, *, port: int = 8080, hosts: Sequence[str] = (), allow_edit: bool = False
+    run: Path,
+    *,
+    beside: Sequence[Path] = (),
+    port: int = 8080,
+    hosts: Sequence[str] = (),
+    allow_edit: bool = False,
 ) -> Iterator[WSGIServer]:
     """Yield a server of a run's dashboard on 127.0.0.1, whose ``serve_forever`` the caller calls.
 
@@ -100,12 +105,14 @@ def serving(
 
     Args:
         run: The run directory.
+        beside: Run directories of other drivers of its study, whose trials' artifacts are in there.
         port: To listen on; 0 takes a free one.
         hosts: Names that a request may name besides those of this machine.
         allow_edit: Whether studies, notes and artifacts may be changed and deleted.
 
     Raises:
-        UsageError: If there is no study, or optuna-dashboard is not installed.
+        UsageError: If there is no study, a directory beside is of another one, or optuna-dashboard is not
+            installed.
         StorageError: If the study cannot be read, or is in use and is to be edited.
         ResourceError: If the port is taken.
     """
@@ -115,19 +122,24 @@ def serving(
         raise UsageError(
             "the dashboard needs optuna-dashboard: pip install 'archsearch[dashboard]'"
         ) from None
-    from optuna.artifacts import FileSystemArtifactStore
-
     with contextlib.ExitStack() as stack:
         if _study_file(run) is None:
             raise UsageError(f"{run}: has no search ({FILE}): give the --out of one")
+        study = shared_study(run)
+        for other in beside:
+            if study is None or shared_study(other) != study:
+                raise UsageError(
+                    f"{other}: is no run of the study of {run}: several run directories are those of the "
+                    "drivers of one shared study"
+                )
         if allow_edit:
-            if shared_study(run) is not None:
+            if study is not None:
                 raise UsageError(f"--allow-edit: the study of {run} is shared by drivers: leave it out")
             stack.enter_context(files.lock(run))
             kept = stack.enter_context(storage(run, None, print))
         else:
             kept = stack.enter_context(read_only(run))
-        app = wsgi(kept, artifact_store=FileSystemArtifactStore(run / DIRECTORY))
+        app = wsgi(kept, artifact_store=Folders([run, *beside]))
         guard = Guard(app, hosts, allow_edit=allow_edit)
         try:
             server = make_server(HOST, port, guard, server_class=_Server, handler_class=_Quiet)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from archsearch.errors import UsageError
+from archsearch.latency.library import TABLE
 from archsearch.on_device import TargetDevice, aimed
 from archsearch.pipeline import Found
 from archsearch.pruning import uniform_widths
@@ -150,6 +151,8 @@ class Driver:
         """
         with joined(self._out, self._identity(), self._url, self._say) as (self._study, self._claims):
             write_finalist(self._traced, "uniform", self._uniform, self._out)
+            if self._surface.table is not None:
+                self._surface.table.write(self._out / TABLE)
             self._study.set_user_attr(FACTS, self._facts())
             annotate(self._study, self._out)
             yield

@@ -11,8 +11,7 @@ from archsearch.search.overview import unit
 
 _READ = """### How to read it
 
-- Every trial meets the targets: its parameters are logits that were *projected* onto them. So all trials
-  are feasible, and nothing has to be filtered.
+{feasible}
 - A trial's **value** is {unit}. It is **not a result**: it is noisy, it was measured on validation images,
   and the best of many trials is mostly the luckiest one.
 - Trials of origin `uniform` have the same keep ratio everywhere. Those with further seeds show the noise:
@@ -24,6 +23,16 @@ _READ = """### How to read it
   model is.
 """
 
+_PROJECTED = """\
+- Every trial meets the targets: its parameters are logits that were *projected* onto them. So all trials
+  are feasible, and nothing has to be filtered."""
+
+_PREDICTED = """\
+- Every trial meets the targets, the latency *as predicted*: its parameters are logits that were *projected*
+  onto them, with the upper end of the prediction's interval within the limit. So nothing has to be filtered.
+  But no trial is measured, and what is measured may miss the target. Where the device is at hand, finalists
+  are measured before the finals; one that misses is exported only where all miss."""
+
 
 def of_study(facts: Mapping[str, Any]) -> str:
     """Return the note of a study: what is searched, and how to read the pages."""
@@ -31,7 +40,9 @@ def of_study(facts: Mapping[str, Any]) -> str:
     groups = facts["groups"]
     rows.append(("channel groups", f"{len(groups)}, {sum(int(size) for _, size in groups):,} channels"))
     title = " on ".join(str(facts[name]) for name in ("model", "data") if name in facts)
-    return f"## Search: {title}\n\n{_table(('', ''), rows)}\n{_READ.format(unit=unit(facts))}"
+    feasible = _PREDICTED if "latency_ms" in facts["reference"] else _PROJECTED
+    how = _READ.format(unit=unit(facts), feasible=feasible)
+    return f"## Search: {title}\n\n{_table(('', ''), rows)}\n{how}"
 
 
 def of_trial(trial: FrozenTrial, facts: Mapping[str, Any], widths: Sequence[int]) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from archsearch.errors import UnknownNameError, UsageError
 from archsearch.rebuild import Traced
 from archsearch.search.driver import Driver, Searched
 from archsearch.search.front_picture import draw_front
+from archsearch.search.pictures import missing
 from archsearch.search.points import RESOURCES, Point, points_of, table, undominated
 from archsearch.search.quest import Quest
 from archsearch.search.storage import FILE
@@ -27,7 +27,7 @@ from archsearch.targets import Resource, Target
 from archsearch.trainer import Say, Trainer
 
 ACCURACY = "accuracy"
-AS_JSON, AS_TABLE, PICTURE = "front.json", "front.md", "front.png"
+AS_JSON, AS_TABLE = "front.json", "front.md"
 
 _SHARED = (
     "model",
@@ -156,7 +156,7 @@ def _aimed(quest: Quest, target: Target) -> Quest:
 def write(
     out: Path, resource: Resource, points: Sequence[Point], searches: Mapping[str, Searched], say: Say
 ) -> list[Path]:
-    """Write the front, and draw it where matplotlib is installed; return the files.
+    """Write the front, and draw it where matplotlib and plotly are installed; return the files.
 
     Args:
         out: Its directory.
@@ -184,8 +184,7 @@ def write(
         out / AS_TABLE, "\n".join([*lines, "", *(f"| {' | '.join(row)} |" for row in cells), ""])
     )
     written = [out / AS_JSON, out / AS_TABLE]
-    if find_spec("matplotlib") is None:
-        say("no picture of the front without matplotlib: pip install 'archsearch[plots]'")
+    if (lacking := missing()) is not None:
+        say(lacking)
         return written
-    draw_front(points, resource, " · ".join(str(part) for part in title if part), out / PICTURE)
-    return [*written, out / PICTURE]
+    return written + draw_front(points, resource, " · ".join(str(part) for part in title if part), out)

@@ -24,6 +24,9 @@ from archsearch.space import Widths
 BETWEEN = 0.15
 """Share of a point's logits that are not at an end."""
 
+MODEL = "model"
+"""The name of the sampler that is not one of Optuna's."""
+
 WIDTHS = "widths"
 """The user attribute of a trial that holds its widths, a list in the order of the groups."""
 
@@ -129,6 +132,8 @@ class _Samplers(Registry[Make]):
         """
         if name.startswith(_PREFIX) or (name not in self and name in optuna.samplers.__all__):
             return _of_optuna(name.removeprefix(_PREFIX))
+        if name not in self:
+            raise UnknownNameError(self.kind, name, [MODEL, *self], self._hint)
         return super().__getitem__(name)
 
 
@@ -155,7 +160,7 @@ def _of_optuna(name: str) -> Make:
     if hasattr(sys.modules[make.__module__], "pickle"):
         raise UsageError(
             f"--sampler {name}: unpickles what it finds in the study, which may be code of somebody else: "
-            f"take one of {', '.join(SAMPLERS)}"
+            f"take one of {', '.join([MODEL, *SAMPLERS])}"
         )
     if needed:
         raise UsageError(f"--sampler {name}: needs arguments ({', '.join(needed)}), which a name cannot give")
@@ -170,10 +175,6 @@ def _of_optuna(name: str) -> Make:
     except Exception as error:  # whatever a class does that is not made for points like these
         raise UsageError(f"--sampler {name}: cannot be used here: {error}") from error
     return made
-
-
-MODEL = "model"
-"""The name of the sampler that is not one of Optuna's."""
 
 
 def make_sampler(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +14,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from archsearch.architecture import Architecture
 from archsearch.errors import UsageError
+from archsearch.latency.library import TABLE
+from archsearch.latency.table import LatencyTable
 from archsearch.rebuild import Traced, trace_architecture
 from archsearch.search.export import UNIFORM
 from archsearch.search.facts import noise_of, told_by
@@ -22,6 +24,7 @@ from archsearch.search.presence import WATCH_S, Presence
 from archsearch.search.reading import reading
 from archsearch.search.sampler import WIDTHS
 from archsearch.search.study import ORIGIN, counts
+from archsearch.stopwatch import predicted
 
 RESULTS = "results.json"
 RECENT = 20
@@ -100,15 +103,18 @@ class Standing:
             yield f"about {_time(left)} left, as the last trials took, and the finals"
 
     def best(self, *, trust_code: bool = False) -> str:
-        """Return the recommended widths and what the model expects of them, in lines.
+        """Return the recommended widths, what the model expects of them and what they cost, in lines.
 
         Args:
             trust_code: As for ``export``.
+
+        Raises:
+            UsageError: If there is no recommendation yet.
         """
         found = self._recommended()
         sizes = dict(self.facts["groups"])
         unit = " points" if self.facts["objective"] != "proxy" else ""
-        cost = self._traced(trust_code).cost
+        cost = self._traced(found.recommended, trust_code).cost
         expected = (
             f"expected gain over uniform widths: {found.gain.mean:+.2f}{unit}, "
             f"{found.gain.low:+.2f} to {found.gain.high:+.2f} with 95 % by what the model believes; "
@@ -118,6 +124,7 @@ class Standing:
             f"not a result: the finals decide. {found.trials} trials have a value by now",
             expected,
             f"{cost.of(found.recommended).macs:,} MACs, {cost.of(found.recommended).params:,} parameters",
+            *self._latency(found.recommended),
             *(f"{name}: {width} of {sizes[name]}" for name, width in found.recommended.items()),
         ]
         return "\n".join(lines)
@@ -134,9 +141,7 @@ class Standing:
             UsageError: If there is no such trial, or no recommendation yet.
         """
         widths = self._recommended().recommended if trial is None else self._widths(trial)
-        traced = self._traced(trust_code)
-        if 0 in widths.values() and not traced.graph.branches:
-            traced = traced.with_branches()
+        traced = self._traced(widths, trust_code)
         provenance = {
             "method": "search",
             "target": ", ".join(self.facts["targets"]),
@@ -158,9 +163,23 @@ class Standing:
         widths = json.loads(self.trials[number].user_attrs[WIDTHS])
         return {name: width for (name, _), width in zip(self.facts["groups"], widths, strict=True)}
 
-    def _traced(self, trust_code: bool) -> Traced:
+    def _traced(self, widths: Mapping[str, int], trust_code: bool) -> Traced:
+        """Return the reference, with the branches that may vanish where one has in these widths."""
         path = self.run / UNIFORM
-        return trace_architecture(Architecture.read(path), trust_code=trust_code, where=str(path))
+        traced = trace_architecture(Architecture.read(path), trust_code=trust_code, where=str(path))
+        return traced.with_branches() if 0 in widths.values() and not traced.graph.branches else traced
+
+    def _latency(self, widths: Mapping[str, int]) -> Iterator[str]:
+        """Yield what the latency table of the search says of some widths, in a line; nothing without one."""
+        path = self.run / TABLE
+        if not path.exists():
+            return
+        seen = predicted(LatencyTable.read(path), widths)
+        share = seen["predicted_ms"] / seen["reference_ms"]
+        yield (
+            f"predicted latency: {seen['predicted_ms']:.4g} ms, {seen['low_ms']:.4g} to "
+            f"{seen['high_ms']:.4g} with 90 %; {share:.3f} of the reference. What is measured may differ"
+        )
 
     def _state(self, trial: FrozenTrial) -> str:
         if trial.state == TrialState.RUNNING and not self.presence.carries_out(trial):
