@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from engine_case import accuracy_of, by_hand, epochs, until, write_task
 from archsearch.errors import StorageError, UsageError
 from archsearch.search.crew import Crew
 from archsearch.search.engines import ENGINES, Order
+from archsearch.search.engines import ray as ray_engine
 from archsearch.search.engines.ray import RayEngine, same_sigterm
 
 ray = pytest.importorskip("ray", reason="the extra 'ray' is not installed")
@@ -109,9 +112,51 @@ def test_a_new_ray_does_not_change_what_happens_at_sigterm(monkeypatch: pytest.M
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
 
     monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray_engine, "_lifelines", lambda ray, address: {})
     before = signal.getsignal(signal.SIGTERM)
     ENGINES["ray"](order())
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+# ---------------------------------------------------------------------------------------- a Ray that dies
+
+
+def test_a_ray_that_answers_no_more_is_an_error_and_is_asked_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[str] = []
+    for name in ("init", "wait", "cancel", "shutdown"):
+        monkeypatch.setattr(ray, name, lambda *_, name=name, **__: asked.append(name))
+    monkeypatch.setattr(ray_engine, "SILENCE_S", 0.1)
+    monkeypatch.setattr(ray_engine, "CONNECT_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        place = server.getsockname()
+        monkeypatch.setattr(ray_engine, "_lifelines", lambda ray, address: {"its head": place})
+        engine = RayEngine(order(address="head:6379"))
+        engine._check()
+    message = (
+        rf"Ray has died \(its head at 127.0.0.1:{place[1]} does .*: nothing .* the same command goes on with"
+    )
+    with pytest.raises(StorageError, match=message):
+        engine.submit(tmp_path)
+    engine.close()
+    assert asked == ["init", "shutdown"]
+
+
+def test_leaving_a_ray_that_hangs_takes_no_longer_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    never, left = threading.Event(), []
+    monkeypatch.setattr(ray, "init", lambda **_: None)
+    monkeypatch.setattr(ray, "shutdown", never.wait)
+    monkeypatch.setattr(ray_engine, "_lifelines", lambda ray, address: {})
+    monkeypatch.setattr(ray_engine, "CLOSE_S", 0.1)
+    monkeypatch.setattr(ray_engine.atexit, "unregister", left.append)
+    RayEngine(order()).close()
+    assert left == [ray.shutdown], "the interpreter would wait for it once more"
+    never.set()
+
+
+def test_a_client_of_ray_hangs_on_its_server_alone() -> None:
+    assert ray_engine._lifelines(ray, "ray://[::1]:10001") == {"its server": ("::1", 10001)}
 
 
 # --------------------------------------------------------------------------------------- a Ray of one node

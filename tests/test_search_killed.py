@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,22 @@ def workers_of(pid: int) -> list[int]:
         for child in children
         if b"archsearch.search.worker" in Path(f"/proc/{child}/cmdline").read_bytes()
     ]
+
+
+def descendants(pid: int) -> Iterator[int]:
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # it has just ended
+            for child in map(int, children.read_text().split()):
+                yield child
+                yield from descendants(child)
+
+
+def program(pid: int) -> str:
+    """Return what a process runs, ``""`` if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()
+    except OSError:
+        return ""
 
 
 def is_alive(pid: int) -> bool:
@@ -126,6 +143,34 @@ def test_a_killed_driver_of_workers_of_ray_costs_no_trial(tmp_path: Path) -> Non
         until(lambda: len(list(tasks.glob("*/result.json"))) >= 2 and in_the_middle(tasks), driver)
         os.kill(driver.pid, signal.SIGKILL)
         assert driver.wait() == -signal.SIGKILL
+    assert_it_goes_on(tmp_path, again, environment)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("ray") is None, reason="the extra 'ray' is not installed")
+@pytest.mark.parametrize("victim", ["raylet", "gcs_server"])
+def test_a_killed_ray_ends_the_driver_with_an_error_and_costs_no_trial(tmp_path: Path, victim: str) -> None:
+    """Neither its node nor its head tells the driver that it is gone; the driver sees it by itself."""
+    again = command(tmp_path, "--engine", "ray")
+    environment = {**ENVIRONMENT, "RAY_worker_niceness": "0"}
+    tasks = tmp_path / "out" / "tasks"
+    with subprocess.Popen(again, stderr=subprocess.PIPE, text=True, env=environment) as driver:
+        until(lambda: len(list(tasks.glob("*/result.json"))) >= 2 and in_the_middle(tasks), driver)
+        family = list(descendants(driver.pid))
+        try:
+            os.kill(next(pid for pid in family if program(pid).endswith(f"/{victim}")), signal.SIGKILL)
+            said = driver.communicate(timeout=300)[1]
+            assert driver.returncode == 5, said
+            told = "".join(line for line in said.splitlines() if "error: Ray has died (" in line)
+            assert told.endswith("nothing that has finished is lost, and the same command goes on"), said
+            end_s = time.monotonic() + 120
+            while any(map(is_alive, family)):
+                assert time.monotonic() < end_s, [program(pid) for pid in family if is_alive(pid)]
+                time.sleep(0.05)
+        finally:
+            driver.kill()
+            for pid in filter(is_alive, family):
+                os.kill(pid, signal.SIGKILL)
     assert_it_goes_on(tmp_path, again, environment)
 
 

@@ -2,14 +2,21 @@
 
 Ray only finds a free place and starts a process there (``child`` does the rest). Its own retries are off:
 what was lost is the driver's to start again, who counts and says so.
+
+Ray does not say that it has died itself. Tasks of a driver whose node was killed seem to run for ever, and
+a driver whose cluster has lost its head is ended after a minute, in the middle of whatever it does. So the
+engine looks for itself whether these two still answer, by connections that Ray knows nothing of.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +29,11 @@ from archsearch.search.storage import hidden
 
 LOCAL = "local"
 CLOSE_S = 30.0
+LOOK_EVERY_S = 2.0
+"""Pause between two looks at whether Ray is alive."""
+SILENCE_S = 5.0
+"""Who has not answered for so long is dead; far below the minute after which Ray ends the process."""
+CONNECT_S = 1.0
 
 
 class RayEngine:
@@ -47,6 +59,8 @@ class RayEngine:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
         if address == LOCAL:
             options |= {"num_cpus": self.slots * self._needs.cpus, "include_dashboard": False}
+        again = "the same command goes on" if address == LOCAL else "the same command goes on with a new Ray"
+        self._died = f"Ray has died ({{}}): nothing that has finished is lost, and {again}"
         self._is_mine = not self._ray.is_initialized()
         if self._is_mine:
             try:
@@ -60,23 +74,37 @@ class RayEngine:
         self._work = self._ray.remote(num_cpus=self._needs.cpus, num_gpus=self._needs.gpus, max_retries=0)(
             work
         )
+        self._lifelines = _lifelines(self._ray, address)
+        self._looked_at_s = time.monotonic()
         self._tasks: dict[Path, Any] = {}
 
     def submit(self, task: Path) -> None:
-        """Queue a task; Ray starts it where there is room."""
+        """Queue a task; Ray starts it where there is room.
+
+        Raises:
+            StorageError: If Ray has died.
+        """
+        self._check()  # the first task of a driver would wait for a dead head
         self._tasks[task] = self._work.remote(str(task.resolve()), self._needs.processes, self._needs.cpus)
 
     def ended(self, task: Path) -> str | None:
-        """Return ``None`` while a task waits or runs, ``""`` when its worker ended, else why it was lost."""
+        """Return ``None`` while a task waits or runs, ``""`` when its worker ended, else why it was lost.
+
+        Raises:
+            StorageError: If Ray has died.
+        """
         place = self._tasks.get(task)
         if place is None:
             return "was never started"
+        if time.monotonic() - self._looked_at_s > LOOK_EVERY_S:
+            self._check()
         ready, _ = self._ray.wait([place], timeout=0)
         if not ready:
             return None
         try:
             return str(self._ray.get(place))
         except self._ray.exceptions.RayError as error:
+            self._check()  # the workers of a dead node end, too: another start would be in vain
             return f"was lost: {type(error).__name__}: {_first_line(error)}"
 
     def cancel(self, task: Path) -> None:
@@ -85,15 +113,65 @@ class RayEngine:
             self._ray.cancel(place, force=True)
 
     def close(self) -> None:
-        """Let all workers write a checkpoint and end; leave the cluster."""
-        running = [place for task, place in self._tasks.items() if self.ended(task) is None]
+        """Let all workers write a checkpoint and end; leave the cluster, which may be dead.
+
+        Where it is, the kernel has told the workers already, whose processes end with it.
+        """
+        if self._silent() is None:
+            _in_time(self._dismiss, 2 * CLOSE_S)
+        self._tasks.clear()
+        if self._is_mine and not _in_time(self._ray.shutdown, CLOSE_S):
+            atexit.unregister(self._ray.shutdown)  # which would not end there, either
+
+    def _dismiss(self) -> None:
+        running = [place for place in self._tasks.values() if not self._ray.wait([place], timeout=0)[0]]
         for place in running:
             self._ray.cancel(place, force=False)  # a KeyboardInterrupt, which ``child`` passes on
         if running:
             self._ray.wait(running, num_returns=len(running), timeout=CLOSE_S)
-        self._tasks.clear()
-        if self._is_mine:
-            self._ray.shutdown()
+
+    def _silent(self) -> str | None:
+        """Return who of those that this process hangs on takes no connection."""
+        for name, place in self._lifelines.items():
+            try:
+                socket.create_connection(place, timeout=CONNECT_S).close()
+            except OSError:
+                return f"{name} at {place[0]}:{place[1]} does not answer"
+        return None
+
+    def _check(self) -> None:
+        """Raise a StorageError if Ray has died; a head that is started again at once has not."""
+        deadline_s = time.monotonic() + SILENCE_S
+        while (silent := self._silent()) is not None:
+            if time.monotonic() > deadline_s:
+                raise StorageError(self._died.format(silent))
+            time.sleep(CONNECT_S)
+        self._looked_at_s = time.monotonic()
+
+
+def _lifelines(ray: Any, address: str) -> dict[str, tuple[str, int]]:
+    """Return the host and port of each process of Ray's without which nothing comes back to this one."""
+    if address.startswith("ray://"):  # whose server is all that the client sees
+        return {"its server": _place(address.removeprefix("ray://"))}
+    here = ray.get_runtime_context()
+    node = next(node for node in ray.nodes() if node["NodeID"] == here.get_node_id())
+    return {
+        "the head of its cluster": _place(here.gcs_address),
+        "its node on this machine": (node["NodeManagerAddress"], node["NodeManagerPort"]),
+    }
+
+
+def _place(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _in_time(action: Callable[[], object], limit_s: float) -> bool:
+    """Do something that may never end; return whether it has. If not, it is left to a thread of its own."""
+    thread = threading.Thread(target=action, daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    return not thread.is_alive()
 
 
 def _imported() -> Any:
