@@ -29,6 +29,7 @@ MEASURED = "latency/measured"
 """In a store: what measurements of networks are kept in."""
 
 WAIT_S = 0.5
+_PLACE = ("accelerator", "processor")
 _CONDITIONS = ("runtime", "device", "dtype", "batch", "threads", "channels_last")
 _TIMES = ("predicted_ms", "low_ms", "high_ms", "reference_ms")
 
@@ -164,18 +165,19 @@ def verify_file(
         if not isinstance(facts.get(name), (int, float)):
             raise SpecError(f"{path}: provenance.latency.{name}: must be milliseconds")
     facts = {**facts, "device": device or facts["device"]}
-    own = opened(str(facts["device"])).facts()["accelerator"]
-    if facts["accelerator"] != own:
+    own = opened(str(facts["device"])).facts()
+    there, here = ([each[name] for name in _PLACE if name in facts and name in each] for each in (facts, own))
+    if there != here:
         raise UsageError(
-            f"{path}: was found for {facts['accelerator']}, and this is {own}: verify it there, or measure "
-            "it here with bench"
+            f"{path}: was found for {', '.join(there)}, and this is {', '.join(here)}: verify it there, or "
+            "measure it here with bench"
         )
     return note(path, measured(path, facts, trust_code=trust_code, say=say))
 
 
 def _versions(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     """Return what of a fingerprint belongs into an architecture file: the device and what ran there."""
-    known = ("accelerator", "driver", "torch", "runtime_version")
+    known = (*_PLACE, "driver", "torch", "runtime_version")
     return {name: fingerprint[name] for name in known if fingerprint.get(name)}
 
 

@@ -7,17 +7,16 @@ without an accelerator. Nothing here changes clocks, power limits or any other s
 from __future__ import annotations
 
 import contextlib
-import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import cache
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from archsearch.errors import ResourceError, UsageError
+from archsearch.latency import processor
 from archsearch.latency.watch import ClockWatch
 
 Call = Callable[[], None]
@@ -138,8 +137,8 @@ class Cpu:
         return None
 
     def facts(self) -> dict[str, Any]:
-        """Return the processor's name and its widest vector instructions."""
-        return {"accelerator": _processor(), "capability": torch.backends.cpu.get_cpu_capability()}
+        """Return the processor's name and revision, and its widest vector instructions."""
+        return {**processor.facts(), "capability": torch.backends.cpu.get_cpu_capability()}
 
 
 class Cuda:
@@ -313,13 +312,3 @@ def _cuda(index: int) -> Cuda:
 
 
 _CPU_CACHE_BYTES = 256 * 2**20
-
-
-def _processor() -> str:
-    """Return the processor's name as its maker writes it."""
-    listed = Path("/proc/cpuinfo")
-    if listed.is_file():
-        for line in listed.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -52,11 +52,16 @@ def fingerprint(
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Return in words what two fingerprints do not share; empty where they are the same."""
+    """Return in words where a fingerprint differs from one that was noted; empty where they are the same.
+
+    Args:
+        one: The noted one; what an older version did not note is not compared.
+        other: That of the device at hand.
+    """
     return [
-        f"{name}: {one.get(name)} and {other.get(name)}"
-        for name in sorted({*one, *other})
-        if one.get(name) != other.get(name)
+        f"{name}: {value} and {other.get(name)}"
+        for name, value in sorted(one.items())
+        if value != other.get(name)
     ]
 
 
