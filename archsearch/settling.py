@@ -3,7 +3,8 @@
 A table predicts within a few percent, and its interval is what the solver keeps to. So the widths that it
 gives are mostly somewhat faster than they need to be, and now and then too slow. They are measured before
 anything is trained on them; where the measurement is off, the limit moves by as much, and the widths are
-solved for again.
+solved for again. Between a limit that gave something too fast and one that gave something too slow the next
+one is interpolated.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ AIM = 0.99
 
 Facts = Mapping[str, Any]
 Found = TypeVar("Found")
+Point = tuple[float, float]
+"""A factor of the limit, and the share of the allowed latency that what it gave uses."""
 
 
 class Clock(Protocol):
@@ -85,12 +88,13 @@ def settle(
         The slowest solution that meets the targets as measured, or the fastest one if none does, and what
         the clock said of it.
     """
-    limits = list(targets)
+    factor = 1.0
     tried: list[tuple[float, Found, Facts]] = []
     shares: dict[str, float] = {}
+    points: list[Point] = []
     for _ in range(SOLUTIONS):
         try:
-            found = solve(limits)
+            found = solve([each.scaled(factor) if each.resource == "latency" else each for each in targets])
         except InfeasibleError:
             if not tried:
                 raise
@@ -108,12 +112,24 @@ def settle(
             tried.append((share, found, facts))
         if CLOSE <= share <= 1 or len(tried) == MEASUREMENTS:
             break
-        limits = [each.scaled(AIM / share) if each.resource == "latency" else each for each in limits]
+        points.append((factor, share))
+        factor = _next(points)
     meeting = [each for each in tried if each[0] <= 1]
     best = max(meeting, key=_share) if meeting else min(tried, key=_share)
     if len(tried) > 1:
         say(f"takes the one that uses {best[0]:.3f}")
     return best[1], best[2]
+
+
+def _next(points: Sequence[Point]) -> float:
+    """Return the factor of the limit to solve for after others, of which the last one was off."""
+    fast = max((point for point in points if point[1] <= 1), default=None)
+    slow = min((point for point in points if point[1] > 1), default=None)
+    if fast is None or slow is None:
+        factor, share = points[-1]
+        return factor * AIM / share
+    (below, low), (above, high) = fast, slow
+    return below + (above - below) * (AIM - low) / (high - low)
 
 
 def _share(tried: tuple[float, Any, Facts]) -> float:

@@ -69,6 +69,15 @@ def test_the_limit_is_met_and_used_whatever_the_prediction_is_off(bias: float, t
     assert len(bench.measured) <= MEASUREMENTS
 
 
+def test_between_too_fast_and_too_slow_the_limit_is_interpolated() -> None:
+    # 15 % off at the limit, and another 15 % where it was moved to: neither error holds between.
+    bench = Bench(lambda ms: ms * (0.85 + 0.15 * (ms - 6.0)))
+    _, facts = settled(bench)
+    assert CLOSE * 6.0 <= facts["measured_ms"] <= 6.0
+    assert bench.measured[1] > 6.0
+    assert len(bench.measured) == 3
+
+
 def test_a_good_prediction_is_measured_once() -> None:
     bench = Bench(lambda ms: 0.985 * ms)
     settled(bench)
