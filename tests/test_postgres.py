@@ -225,8 +225,9 @@ def test_only_one_of_two_heirs_takes_a_trial_over(server: Server, stack: ExitSta
     taken: list[int] = []
 
     def inherit(heir: Driver) -> None:
-        end_s = time.monotonic() + 3.0
-        while time.monotonic() < end_s:
+        end_s = time.monotonic() + 60.0
+        # No longer than that: on a busy machine an heir that misses a beat would be inherited from, too.
+        while len(taken) < 4 and time.monotonic() < end_s:
             taken.extend(trial.number for trial in heir.claims.left())
 
     with heirs[0].claims, heirs[1].claims:

@@ -258,7 +258,8 @@ def test_weights_that_were_inherited_are_measured_with_fresh_statistics(tmp_path
 
 def test_a_method_that_trains_the_reference_its_own_way_leaves_the_test_set_alone(tmp_path: Path) -> None:
     trainer = Trainer(source(), "cpu", tmp_path).blinded()
-    widths = widths_by(network(), plan(method="slimming"), trainer)
+    asked = plan(method="slimming")
+    widths = widths_by(network(), asked, trainer)(asked.targets)
     assert network().cost.of(widths).macs <= network().cost.reference.macs // 2
     assert len(list(tmp_path.rglob("result.json"))) == 2
     assert not list(tmp_path.rglob("test.json"))
