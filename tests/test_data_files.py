@@ -311,6 +311,7 @@ def test_evaluation_resizes_and_crops_as_imagenet_does(folder: Path) -> None:
     )
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # where there is one core
 def test_images_do_not_depend_on_the_number_of_workers_nor_on_the_start(folder: Path) -> None:
     alone, helped = open_folder(folder).train, open_folder(folder, workers=2).train
     options: dict[str, Any] = {"seed": 3, "epoch": 1, "train": True}
