@@ -97,6 +97,10 @@ def test_finalists_are_uniform_the_baselines_the_recommendation_and_the_best_tri
         assert written.cost.macs is not None and written.cost.macs.value <= limit
 
 
+def test_what_a_method_finds_is_asked_for_once(searched: tuple[Path, Searched, list[str]]) -> None:
+    assert sum(line.startswith("taylor: keeps") for line in searched[2]) == 1
+
+
 def test_equal_widths_are_trained_once(searched: tuple[Path, Searched, list[str]]) -> None:
     out, found, _ = searched
     arms = {arm.widths: arm for arm in found.record.arms}

@@ -155,11 +155,12 @@ class LatencyTable:
             if own is None or other is None:
                 count = len(self.content.layers)
                 difference = f"it has {count} layers, this one {len(layers)}"
-            elif differs := [name for name in _TOLD if _told(own)[name] != _told(other)[name]]:
-                there, here = (_told(layer)[differs[0]] for layer in (own, other))
-                difference = f"its layer '{own.name}' has {differs[0]} {there}, here {here}"
             else:
-                continue
+                there, here = _told(own), _told(other)
+                differs = next((name for name, value in there.items() if here[name] != value), None)
+                if differs is None:
+                    continue
+                difference = f"its layer '{own.name}' has {differs} {there[differs]}, here {here[differs]}"
             raise UsageError(
                 f"the latency table is of another network: {difference}: profile this one, with the classes "
                 "and the arguments that it has here"
@@ -215,11 +216,8 @@ class LatencyTable:
         return self.content.conditions.batch * (inputs * pixels + cell.makes * signature.output_pixels)
 
 
-_TOLD = (*Signature.model_fields, "inputs", "outputs")
-"""What the time of a layer depends on."""
-
-
 def _told(layer: Layer) -> dict[str, Any]:
+    """Return what the time of a layer depends on."""
     return {**dict(layer.signature), "inputs": layer.reads, "outputs": layer.makes}
 
 

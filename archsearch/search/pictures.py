@@ -282,8 +282,8 @@ PICTURES: Mapping[str, Picture] = {
     ),
     "accuracy": Picture(
         "Accuracy against cost",
-        "Every trial meets the targets, so all stand close together. Uniform widths and what pruners say are "
-        "marked, with the deviation over seeds where there are several.",
+        "Every trial meets the targets, a latency as predicted, so all stand close together. Uniform widths "
+        "and what pruners say are marked, with the deviation over seeds where there are several.",
         accuracy,
     ),
     "finals": Picture(
